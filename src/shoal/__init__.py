@@ -1,0 +1,32 @@
+"""shoal: train one model with many workers, with the same numbers every time.
+
+Names are imported on first use, so that the command line answers without loading torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shoal.errors import ShoalError
+    from shoal.job import Job, init
+    from shoal.random import seed
+    from shoal.strategy import Cut, Shard, Strategy
+    from shoal.verify import Report, verify
+
+__version__ = "0.1.0"
+__all__ = ["Cut", "Job", "Report", "Shard", "ShoalError", "Strategy", "init", "seed", "verify"]
+
+_HOMES = {
+    "Cut": "strategy", "Job": "job", "Report": "verify", "Shard": "strategy", "ShoalError": "errors",
+    "Strategy": "strategy", "init": "job", "seed": "random", "verify": "verify",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+    value = getattr(import_module(f"shoal.{_HOMES[name]}"), name)
+    globals()[name] = value  # `shoal.verify` is the function; the module of that name is found in sys.modules
+    return value

@@ -1,0 +1,97 @@
+"""`shoal checkpoint inspect` and `shoal checkpoint verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli.telling import errors_told, tell_json
+
+if TYPE_CHECKING:
+    from shoal.checkpoint import Manifest
+
+app = typer.Typer(help="Look at checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+
+Where = Annotated[Path, typer.Argument(help="A directory step-N, or the one above: its newest.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def inspect(path: Where, as_json: AsJson = False) -> None:
+    """Show what a checkpoint holds, without reading its tensors.
+
+    \b
+    Example:
+      shoal checkpoint inspect run/checkpoint/step-100
+    """
+    from shoal.checkpoint import inspect  # imports torch
+
+    with errors_told(as_json=as_json):
+        manifest = inspect(_found(path))
+    if as_json:
+        tell_json(_plain(manifest))
+    else:
+        typer.echo("\n".join(_lines(manifest)))
+
+
+@app.command()
+def verify(path: Where, as_json: AsJson = False) -> None:
+    """Read every byte of a checkpoint and compare digests.
+
+    \b
+    Example:
+      shoal checkpoint verify run/checkpoint/step-100
+    """
+    from shoal.checkpoint import verify  # imports torch
+
+    with errors_told(as_json=as_json):
+        manifest = verify(_found(path))
+    if as_json:
+        tell_json({"whole": True, **_plain(manifest)})
+    else:
+        held = f"{len(manifest.params)} parameters in {len(manifest.files)} files, {_bytes(manifest):,} bytes"
+        typer.echo(f"{manifest.path}: whole: step {manifest.step}, {held}")
+
+
+def _found(path: Path) -> Path:
+    from shoal.checkpoint import latest
+
+    return path if path.name.startswith("step-") else latest(path)
+
+
+def _plain(manifest: Manifest) -> dict[str, object]:
+    return {
+        "path": manifest.path,
+        "format": manifest.format,
+        "step": manifest.step,
+        "strategy": dict(manifest.strategy),
+        "leaves": manifest.leaves,
+        "world": manifest.world,
+        "versions": dict(manifest.versions),
+        "params": [{"name": p.name, "shape": p.shape, "dtype": p.dtype, "aliases": p.aliases} for p in manifest.params],
+        "files": [{"name": f.name, "bytes": f.bytes} for f in manifest.files],
+    }
+
+
+def _lines(manifest: Manifest) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    strategy = ", ".join(f"{name}={value}" for name, value in manifest.strategy.items())
+    yield f"{manifest.path}: step {manifest.step}, format {manifest.format}, written by {versions or 'unknown'}"
+    yield f"strategy: {strategy}"
+    yield f"saved by {manifest.world} ranks, {manifest.leaves} leaves a step"
+    yield f"{len(manifest.files)} files, {_bytes(manifest):,} bytes"
+    for file in manifest.files:
+        yield f"  {file.name}  {file.bytes:,}"
+    yield f"{len(manifest.params)} parameters, {sum(prod(p.shape) for p in manifest.params):,} elements"
+    wide = max((len(p.name) for p in manifest.params), default=0)
+    for p in manifest.params:
+        tied = f"  also called {', '.join(p.aliases)}" if p.aliases else ""
+        yield f"  {p.name:{wide}}  {p.dtype}  {'x'.join(map(str, p.shape)) or 'scalar'}{tied}"
+
+
+def _bytes(manifest: Manifest) -> int:
+    return sum(file.bytes for file in manifest.files)

@@ -1,0 +1,1 @@
+"""How bytes travel between ranks: one seam (`group`), several carriers behind it."""

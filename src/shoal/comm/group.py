@@ -1,0 +1,134 @@
+"""The seam between what is exchanged and what carries it.
+
+A carrier moves tensors between pairs of ranks. A group is some ranks of the job and the few verbs that shoal needs,
+written once for all carriers. Sums are never left to a carrier: their order is ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shoal.errors import OrderError
+
+Parcel = tuple[int, Tensor]
+"""A rank and a contiguous tensor to send to it or to fill from it."""
+
+LAST_DOING = "has finished and closes the job"
+"""The note of a rank that takes part in nothing but meetings any more."""
+
+
+class Pending(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> None:
+        """Return when all has arrived and all that was sent may be overwritten.
+
+        Raises:
+            PeerLost: a rank died or left.
+            StalledError: nobody moved for `timeout` seconds.
+        """
+        ...
+
+
+class Carrier(Protocol):
+    """Moves tensors between the ranks of the job."""
+
+    rank: int
+    size: int
+    sent: Counter[str]  # bytes, by the first word of the label
+    closed: bool  # the job is over
+    failed: bool  # this rank or its connections have failed: there is nobody to say goodbye to
+
+    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
+        """Start a transfer. `label` must be equal on both sides, and differs from that of any other under way."""
+        ...
+
+    def note(self, mark: str) -> None:
+        """Say what this rank does now, for the others to read while they wait."""
+        ...
+
+    def hold(self, reason: str) -> None:
+        """Stop the time-out of the others (`reason` not empty) or let it run again."""
+        ...
+
+    def fail(self, why: str) -> None:
+        """Tell the others that this rank fails, and of what."""
+        ...
+
+    def close(self) -> None: ...
+
+
+current: ContextVar[Carrier | None] = ContextVar("shoal_carrier", default=None)
+"""What `shoal.init` uses in this context instead of looking for a place: a rank that is a thread, or a dry run."""
+
+
+class Done:
+    """Nothing to wait for."""
+
+    def wait(self) -> None:
+        return
+
+
+class Group:
+    """Some ranks of the job that exchange with each other.
+
+    Args:
+        name: of the axis: "world", "shard", "copies".
+        ranks: world ranks, in the order of the group.
+        carrier: what moves the bytes.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[int], carrier: Carrier) -> None:
+        self.name, self.ranks, self.carrier = name, tuple(ranks), carrier
+        self.rank, self.size = self.ranks.index(carrier.rank), len(self.ranks)
+        self._count = 0
+
+    def swap(self, verb: str, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> Pending:
+        """Send `sends[r]` to each member r and fill `receives[r]` from it. What is for oneself is left alone.
+
+        Both sides must agree on number and sizes. Empty tensors do not travel.
+
+        Raises:
+            OrderError: the job is closed.
+        """
+        self._count += 1
+        if self.size == 1:
+            return Done()
+        if self.carrier.closed:
+            raise OrderError(
+                "the job is closed: ranks exchange nothing any more",
+                remedy="do this before job.close(), or inside `with shoal.init(...) as job:`",
+            )
+        return self.carrier.post(
+            f"{verb} {self.name} #{self._count}",
+            [(self.ranks[r], t) for r, ts in enumerate(sends) if r != self.rank for t in ts if t.numel()],
+            [(self.ranks[r], t) for r, ts in enumerate(receives) if r != self.rank for t in ts if t.numel()],
+        )
+
+    def gather(self, verb: str, flat: Tensor, bounds: Sequence[int]) -> Pending:
+        """Member r has filled `flat[bounds[r]:bounds[r + 1]]`; afterwards everybody has all of it."""
+        parts = [flat[a:b] for a, b in pairwise(bounds)]
+        return self.swap(verb, [[parts[self.rank]]] * self.size, [[part] for part in parts])
+
+    def share(self, verb: str, data: bytes) -> list[bytes]:
+        """Everybody gets everybody's bytes, in the order of the group. All must have the same length."""
+        if self.size == 1:
+            return [data]
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        boxes = [torch.empty_like(mine) for _ in self.ranks]
+        boxes[self.rank] = mine
+        self.swap(verb, [[mine]] * self.size, [[box] for box in boxes]).wait()
+        return [box.numpy().tobytes() for box in boxes]
+
+    def share_any(self, verb: str, data: bytes) -> list[bytes]:
+        """Like `share`, for bytes of any length."""
+        sizes = [int.from_bytes(b, "little") for b in self.share(verb, len(data).to_bytes(8, "little"))]
+        padded = self.share(verb, data.ljust(max(sizes), b"\0"))
+        return [b[:n] for b, n in zip(padded, sizes, strict=True)]

@@ -1,0 +1,106 @@
+"""Ranks say what they want next before they do it together. A wrong program is a named error here, never a hang.
+
+What is overlapped (a planned leaf) does not meet at every unit: its order was fixed when the plan was made.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
+
+from shoal.comm.group import LAST_DOING, Group
+from shoal.errors import DivergedError
+
+
+class Want(IntEnum):
+    """What a rank can want of all ranks."""
+
+    PREPARE = 1
+    GATHER = 2  # a unit's parameters; the only one that others grant whatever they want themselves
+    LEAF = 3
+    LEAF_END = 4
+    REDUCE = 5
+    STEP = 6
+    CLIP = 7
+    MEAN = 8
+    WHOLE = 9
+    STATE = 10
+    SAVE = 11
+    LOAD = 12
+    LOADER = 13
+    CLOSE = 14
+
+
+_WORDS = {
+    Want.PREPARE: "prepares a model",
+    Want.GATHER: "needs the parameters of unit {}",
+    Want.LEAF: "begins leaf turn {}",
+    Want.LEAF_END: "ends leaf turn {}",
+    Want.REDUCE: "reduces gradients of leaf turn {}",
+    Want.STEP: "ends step {}",
+    Want.CLIP: "is in clip_grad_norm of step {}",
+    Want.MEAN: "is in job.mean of step {}",
+    Want.WHOLE: "is in job.whole",
+    Want.STATE: "is in job.state_dict",
+    Want.SAVE: "is in job.save at step {}",
+    Want.LOAD: "is in job.load",
+    Want.LOADER: "starts a loader with fingerprint {}",
+    Want.CLOSE: LAST_DOING,
+}
+
+
+class Intent(NamedTuple):
+    """What a rank wants, and of which (unit, turn, step)."""
+
+    want: Want
+    number: int = 0
+
+    def __str__(self) -> str:
+        return _WORDS[self.want].format(self.number)
+
+
+_HEAD = struct.Struct("<qq")
+
+
+class Meeting:
+    """Where all ranks compare what they want.
+
+    Args:
+        world: all ranks.
+    """
+
+    def __init__(self, world: Group) -> None:
+        self.world, self.room = world, 0
+        self.grant: Callable[[int], None] = lambda _unit: None  # takes part in gathering a unit
+
+    def make_room(self, nbytes: int) -> None:
+        """Messages of up to `nbytes` travel with the wish, from the same call on for all ranks."""
+        self.room = max(self.room, nbytes)
+
+    def meet(self, want: Want, number: int = 0, payload: bytes = b"") -> list[bytes]:
+        """Return the payloads of all ranks when all want the same; until then, grant gathers.
+
+        Raises:
+            DivergedError: ranks want different things, with what each of them wants.
+        """
+        mine = Intent(want, number)
+        assert len(payload) <= self.room, f"{mine}: {len(payload)} bytes do not fit into {self.room}"
+        self.world.carrier.note(str(mine))
+        while True:
+            heads = self.world.share("meet", _HEAD.pack(*mine) + payload.ljust(self.room, b"\0"))
+            intents = [Intent(Want(w), n) for w, n in (_HEAD.unpack_from(h) for h in heads)]
+            needed = [i.number for i in intents if i.want is Want.GATHER]
+            if not needed and all(i == mine for i in intents):
+                return [h[_HEAD.size : _HEAD.size + len(payload)] for h in heads]
+            if not needed:
+                raise DivergedError(
+                    "ranks do different things: " + "; ".join(f"rank {r} {i}" for r, i in enumerate(intents)),
+                    cause="different numbers of batches, or a branch that only some ranks take",
+                    remedy="let job.loader or a prepared loader hand out batches; keep calls of the job out of "
+                    "`if job.rank == 0`",
+                )
+            self.grant(min(needed))
+            if mine == Intent(Want.GATHER, min(needed)):
+                return []

@@ -1,0 +1,290 @@
+"""Point-to-point exchange over gloo: every pair of ranks has its own connection, sums are never left to it.
+
+A message's tag is a checksum of its label, size and dtype, so that messages of ranks that do different things never
+match: both wait, and the watch names them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from queue import Empty
+from typing import NamedTuple, Protocol, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from shoal.comm.group import Parcel, Pending
+from shoal.comm.sockets import all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
+from shoal.comm.waiter import Lost, Transfer, Waiter
+from shoal.comm.watch import TICK, Verdict, Watch
+from shoal.errors import EnvironmentFault, PeerError, PeerLost
+
+T = TypeVar("T")
+
+_NEVER = timedelta(days=10)  # the watch ends waits, not gloo: its time-out knows nothing of other ranks
+_served: dict[int, Store] = {}  # by port, for this process's life: the ranks of a next job may have come already
+_NOBODY = 0  # a tag that nothing is sent with
+_MOMENT = 0.05  # seconds until a dead process has lost its last connection
+_MARGIN = 0.5  # seconds beyond `timeout` for what torch does not let us stop while ranks meet
+
+
+class _Pairs(Protocol):
+    """What we use of a process group."""
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work: ...
+    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work: ...
+
+
+class Address(NamedTuple):
+    """Where the ranks of a job find each other. `attempt`: how often a launcher has restarted all of them."""
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    agent_store: bool  # a launcher holds the store already
+    attempt: int = 0
+
+
+class Gloo:
+    """The carrier of one rank that is a process.
+
+    Args:
+        address: this rank's place and the common store.
+        timeout: seconds without a change anywhere until a wait ends; also for the other ranks to come.
+        report: called once with a text when a wait takes long.
+
+    Raises:
+        EnvironmentFault: the other ranks do not come.
+    """
+
+    def __init__(self, address: Address, *, timeout: float, report: Callable[[str], None]) -> None:
+        self.rank, self.size, self.sent = address.rank, address.size, Counter[str]()
+        self.closed, self.failed = False, False
+        self.group: _Pairs | None
+        self.waiter = Waiter()
+        before = sockets()
+        store, self.group = _bounded(lambda: _meet(address, timeout), timeout + _MARGIN, address)
+        wires = {fd: inode for fd, inode in sockets().items() if before.get(fd) != inode}
+        to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
+        forget_in_children(wires, weakref.ref(self))
+        self.watch = Watch(
+            store, self.rank, self.size, timeout=timeout, report=report,
+            alive=lambda: not lead_nowhere(to_store), server=None if address.agent_store else 0,
+        )  # fmt: skip
+
+    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
+        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, t in sends)
+        self.watch.at(label)
+        assert self.group is not None
+        works: list[Transfer] = []
+        for start, parcels in ((self.group.recv, receives), (self.group.send, sends)):
+            for index, peer, tensor in _numbered(parcels):
+                try:
+                    works.append((peer, start([tensor], peer, _tag(label, index, tensor))))
+                except RuntimeError as e:
+                    raise self.broken(label, peer, e) from None
+        return Works(self, label, works)
+
+    def note(self, mark: str) -> None:
+        self.watch.note(mark)
+
+    def hold(self, reason: str) -> None:
+        self.watch.hold(reason)
+
+    def fail(self, why: str) -> None:
+        self.failed = True
+        rank = f"rank {self.rank}"
+        self.watch.end(Verdict(PeerLost.code, f"{rank} failed", why, f"see {rank}'s own traceback or log"))
+        shut(self._wires)
+
+    def close(self) -> None:
+        if self.failed:
+            self.watch.linger()
+        self.watch.close()
+        self.waiter.close()
+        self.group, self.closed = None, True  # its connections end with it
+
+    def broken(self, label: str, peer: int, error: Exception) -> PeerError:
+        """Why the transfer `label` with `peer` failed, by name; the other ranks are told."""
+        if peer == self.watch.server:
+            time.sleep(_MOMENT)
+        if self.watch.verdict() is None:
+            lost = self.watch.server if self.watch.deaf and self.watch.server is not None else peer
+            why = f"it was killed, ended early or lost its network ({_plainly(error)})"
+            help = f"see the log of rank {lost}"
+            self.watch.end(Verdict(PeerLost.code, f"rank {lost} is gone", why, help, deaf=1))
+        return self.ended(label)
+
+    def missed(self) -> Lost | None:
+        """The rank that is waited for, if its connection has failed without gloo's saying so (see `Waiter`)."""
+        peer = self.waiter.peer
+        if peer is None or self.group is None or all_open(self._wires):
+            return None
+        try:
+            self.group.recv([torch.empty(1)], peer, _NOBODY)
+        except RuntimeError as e:
+            return peer, e
+        return None
+
+    def ended(self, label: str) -> PeerError:
+        """Why the job is over, for who was in the transfer `label`."""
+        self.failed = True
+        shut(self._wires)
+        assert self.watch.ended is not None
+        return self.watch.ended.error(self.rank, label)
+
+
+class Works:
+    """The transfers of one post."""
+
+    def __init__(self, carrier: Gloo, label: str, works: list[Transfer]) -> None:
+        self.carrier, self.label, self.works = carrier, label, works
+
+    def wait(self) -> None:
+        if not self.works:
+            return
+        with self.carrier.watch.waiting(self.label):
+            outcome = self.carrier.waiter.wait_for(self.works)
+            lost, missed = None, None
+            while lost is None:
+                with suppress(Empty):
+                    lost = outcome.get(timeout=TICK)
+                    break
+                if self.carrier.watch.judge() is not None:
+                    raise self.carrier.ended(self.label)
+                before, missed = missed, self.carrier.missed()
+                if before and missed and before[0] == missed[0]:
+                    lost = missed
+        if lost is not None:
+            raise self.carrier.broken(self.label, *lost)
+        self.works = []
+
+
+def _numbered(parcels: Sequence[Parcel]) -> list[tuple[int, int, Tensor]]:
+    seen = Counter[int]()
+    out: list[tuple[int, int, Tensor]] = []
+    for peer, tensor in parcels:
+        out.append((seen[peer], peer, tensor))
+        seen[peer] += 1
+    return out
+
+
+def _plainly(error: Exception) -> str:
+    """What gloo says, without the file it says it from and its guesses."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+
+
+def _tag(label: str, index: int, tensor: Tensor) -> int:
+    return zlib.crc32(f"{label}/{index}/{tensor.dtype}/{tensor.nbytes}".encode()) & 0x7FFFFFFF or 1
+
+
+# ---------------------------------------------------------------- how ranks meet
+
+
+def _bounded(work: Callable[[], T], seconds: float, address: Address) -> T:
+    """Do it in a thread: what waits for the process of another rank inside torch cannot be stopped."""
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def body() -> None:
+        try:
+            done.append(work())
+        except Exception as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=body, name="shoal-meet", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if done:
+        return done[0]
+    if failed and isinstance(failed[0], EnvironmentFault):
+        raise failed[0]
+    raise _nobody(address, f"({str(failed[0]).splitlines()[0]})" if failed else "(one of them does not answer)")
+
+
+def _nobody(address: Address, which: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"rank {address.rank} of {address.size} could not meet the others at {address.host}:{address.port} {which}",
+        cause="a rank that did not start, another WORLD_SIZE, or an address that cannot be reached",
+        remedy="start all ranks with `shoal run` or torchrun; check MASTER_ADDR and MASTER_PORT; or raise timeout=",
+    )
+
+
+def _meet(address: Address, timeout: float) -> tuple[Store, _Pairs]:
+    """Wait for all ranks, then connect. Returns a store for this job alone."""
+    deadline = time.monotonic() + timeout
+    store = PrefixStore(f"shoal/{address.attempt}", _open_store(address, timeout, deadline))
+    jobs = int(store.add(f"starts/{address.rank}", 1))  # several jobs may follow each other over one store
+    own = PrefixStore(str(jobs), store)
+    Watch.enter(own, address.rank)
+    own.set(f"here/{address.rank}", str(address.size))
+    for rank in range(address.size):
+        while not own.check([f"here/{rank}"]):
+            if time.monotonic() > deadline:
+                absent = [str(r) for r in range(address.size) if not own.check([f"here/{r}"])]
+                raise _nobody(address, f"within {timeout:g} s: rank {', '.join(absent)} did not come")
+            time.sleep(0.01)
+    return own, _group(PrefixStore("gloo", own), address)
+
+
+def _open_store(address: Address, timeout: float, deadline: float) -> Store:
+    serves = address.rank == 0 and not address.agent_store
+    if not serves:
+        _listened_at(address, timeout, deadline)
+    patience = timedelta(seconds=max(timeout, 1.0))
+    try:
+        store = TCPStore(
+            address.host, address.port, address.size, serves, patience, wait_for_workers=False, multi_tenant=True
+        )
+        store.set_timeout(_NEVER)  # or it prints when rank 0 is stopped
+        if serves:
+            _served.setdefault(address.port, store)
+        return store
+    except RuntimeError as e:  # torch's DistError classes are RuntimeErrors
+        if not (serves and "EADDRINUSE" in str(e)):
+            raise
+        if dist.is_available() and dist.is_initialized():  # by a store of the user's own
+            return _open_store(address._replace(agent_store=True), timeout, deadline)
+        raise EnvironmentFault(
+            f"rank 0 cannot listen at {address.host}:{address.port}: another program does",
+            remedy="another MASTER_PORT",
+        ) from None
+
+
+def _listened_at(address: Address, timeout: float, deadline: float) -> None:
+    """Wait for rank 0's store. Torch's own waiting prints traces and overstays."""
+    while True:
+        try:
+            socket.create_connection(address[2:4], timeout=max(0.01, deadline - time.monotonic())).close()
+            return
+        except OSError as e:
+            if time.monotonic() > deadline:
+                raise _nobody(address, f"within {timeout:g} s: {e}") from None
+            time.sleep(0.05)
+
+
+def _group(store: Store, address: Address) -> _Pairs:
+    """A group over the interface that leads to the store, unless GLOO_SOCKET_IFNAME names one."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return cast(_Pairs, dist.ProcessGroupGloo(store, address.rank, address.size, timeout=_NEVER))
+    family, kind, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # sends nothing: only asks the system which way it would go
+        own = str(probe.getsockname()[0])
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore
+    options._timeout = _NEVER
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
+    return cast(_Pairs, dist.ProcessGroupGloo(store, address.rank, address.size, options))  # pyright: ignore

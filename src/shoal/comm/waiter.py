@@ -1,0 +1,51 @@
+"""A thread that waits in gloo, so that nobody else must.
+
+Who waits in gloo may never come back: a receive of which a part had arrived when its sender died is forgotten there;
+neither the end of the connection nor gloo's own time-out ends it. An interrupt from the keyboard is not heard in it.
+"""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+
+import torch.distributed as dist
+
+Transfer = tuple[int, dist.Work]
+"""What is under way, and with which rank."""
+Lost = tuple[int, Exception]
+"""The rank with which a transfer failed, and what gloo says."""
+
+
+class Waiter:
+    """Waits for transfers, one list after the other."""
+
+    def __init__(self) -> None:
+        self.peer: int | None = None  # for whom it waits now
+        self._todo: SimpleQueue[tuple[list[Transfer], SimpleQueue[Lost | None]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="shoal-wait", daemon=True)
+        self._thread.start()
+
+    def wait_for(self, works: list[Transfer]) -> SimpleQueue[Lost | None]:
+        """Where the outcome will come: None if all is well."""
+        outcome = SimpleQueue[Lost | None]()
+        self._todo.put((works, outcome))
+        return outcome
+
+    def close(self) -> None:
+        self._todo.put(None)
+        self._thread.join(0.1)
+
+    def _run(self) -> None:
+        while (task := self._todo.get()) is not None:
+            works, outcome = task
+            outcome.put(self._wait(works))
+            del task, works, outcome  # buffers are not kept until the next
+
+    def _wait(self, works: list[Transfer]) -> Lost | None:
+        for self.peer, work in works:
+            try:
+                work.wait()
+            except RuntimeError as e:
+                return self.peer, e
+        return None

@@ -1,0 +1,241 @@
+"""Loaders: which samples make which leaf depends on seed, epoch, step and leaf, never on ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+
+from shoal.engine.turns import Turns
+from shoal.errors import BatchError
+from shoal.random import everything, get_states, mix, set_states
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Feed(Protocol):
+    """What a loader needs of the job."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def leaves(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    def new_turns(self, present: int) -> Turns:
+        """The leaves of a step of which the first `present` have data."""
+        ...
+
+    def begin(self) -> object:
+        """A loop over batches begins, perhaps inside another. Returns what `end` wants."""
+        ...
+
+    def hand_out(self, handed: Handed) -> None:
+        """A batch is about to reach the user."""
+        ...
+
+    def end(self, loop: object) -> None:
+        """A loop is over, or was left."""
+        ...
+
+
+class Handed(NamedTuple):
+    """Which leaf a batch is. `leaf` None: real data, so that user code runs, but nobody needs its gradient."""
+
+    leaf: int | None
+    weight: float
+    turn: int
+    turns: Turns
+
+
+class LeafBatch(NamedTuple):
+    """The samples of one leaf, and its weight relative to a full one."""
+
+    indices: Sequence[int]
+    weight: float
+
+
+Steps = Callable[[int, int], list[list[LeafBatch]]]
+"""`steps(epoch, leaves)`: the leaves of every step of an epoch."""
+
+
+class Loader(Generic[T_co]):
+    """Hands out this rank's leaves, step after step. Iterate it like a DataLoader, once per epoch.
+
+    Args:
+        feed: the job.
+        source: dataset, workers, collation; its own batches are ignored.
+        steps: which samples make which leaf.
+
+    After `job.load` the next iteration goes on where the checkpoint was made; `epoch` is then the epoch to go on with.
+    An iteration that was left early is over: the next one begins the next epoch.
+    """
+
+    def __init__(self, feed: Feed, source: DataLoader[T_co], steps: Steps) -> None:
+        self.feed, self.source, self.steps = feed, source, steps
+        self.epoch, self.next_step = 0, 0
+        self.begun = False
+
+    @property
+    def dataset(self) -> Dataset[T_co]:
+        return self.source.dataset
+
+    def __len__(self) -> int:
+        """Batches that this rank is handed in a whole epoch."""
+        return len(self._mine(self.steps(self.epoch, self.feed.leaves)))
+
+    def __iter__(self) -> Iterator[T_co]:
+        if self.begun:
+            self.go_to(self.epoch + 1, 0)
+        self.begun = True
+        mine = self._mine(self.steps(self.epoch, self.feed.leaves), self.next_step)
+        batches = [SeededBatch(indices, mix("data", self.feed.seed, self.epoch, s, h.leaf)) for s, h, indices in mine]
+        loop = self.feed.begin()
+        try:
+            for (step, handed, _), batch in zip(mine, _remake(self.source, batches), strict=True):
+                self.next_step = step + 1
+                self.feed.hand_out(handed)
+                yield batch
+            self.go_to(self.epoch + 1, 0)
+        finally:
+            self.feed.end(loop)
+
+    def _mine(self, steps: list[list[LeafBatch]], start: int = 0) -> list[tuple[int, Handed, Sequence[int]]]:
+        found: list[tuple[int, Handed, Sequence[int]]] = []
+        for number in range(start, len(steps)):
+            leaves = steps[number]
+            turns = self.feed.new_turns(len(leaves))
+            turns.learn({leaf: batch.weight for leaf, batch in enumerate(leaves)})
+            for turn, leaf in enumerate(turns.of(self.feed.rank)):
+                found.append((number, Handed(leaf, leaves[leaf].weight, turn, turns), leaves[leaf].indices))
+            if not turns.of(self.feed.rank):
+                found.append((number, Handed(None, 0.0, 0, turns), leaves[0].indices))
+        return found
+
+    def position(self) -> dict[str, int]:
+        """Where the next step begins, for a checkpoint."""
+        return {"epoch": self.epoch, "step": self.next_step}
+
+    def go_to(self, epoch: int, step: int) -> None:
+        self.epoch, self.next_step, self.begun = epoch, step, False
+
+
+def steps_of_dataset(
+    dataset: Dataset[object], seed: int, global_batch: int, *, shuffle: bool, drop_last: bool
+) -> Steps:
+    """Every step takes the next `global_batch` samples, cut into equal leaves; the last ones may be short or missing.
+
+    Raises:
+        BatchError: the leaves do not divide the global batch.
+    """
+    total = len(cast(Sized, dataset))
+
+    def steps(epoch: int, leaves: int) -> list[list[LeafBatch]]:
+        check_batch(global_batch, leaves)
+        full = global_batch // leaves
+        order = list(range(total))
+        if shuffle:
+            shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(mix("order", seed, epoch)))
+            order = cast(list[int], shuffled.tolist())
+        stop = total - total % global_batch if drop_last else total
+        made: list[list[LeafBatch]] = []
+        for start in range(0, stop, global_batch):
+            batch = order[start : min(start + global_batch, stop)]
+            cuts = [batch[i : i + full] for i in range(0, len(batch), full)]
+            made.append([LeafBatch(c, len(c) / full) for c in cuts])
+        return made
+
+    return steps
+
+
+def check_batch(global_batch: int, leaves: int) -> None:
+    """Raises `BatchError` unless `leaves` equal micro-batches make `global_batch`."""
+    if global_batch < 1 or global_batch % leaves:
+        low, high = max(global_batch // leaves, 1) * leaves, (global_batch // leaves + 1) * leaves
+        raise BatchError(
+            f"global_batch={global_batch} does not divide into leaves={leaves} equal micro-batches",
+            cause=f"leaves={leaves} is the strategy's, or the world at first start",
+            remedy=f"global_batch={low} or {high}, or leaves= a divisor of {global_batch}",
+        )
+
+
+def steps_of_loader(loader: DataLoader[object], seed: int, say: Callable[[str], None]) -> Steps:
+    """A step takes as many of the loader's own batches as there are leaves.
+
+    Raises:
+        BatchError: a loader whose batches cannot be counted out: an iterable dataset, or batch_size=None.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        raise BatchError(
+            "the loader reads an IterableDataset, whose samples have no numbers to count out",
+            remedy="a map-style dataset (with __len__ and __getitem__)",
+        )
+    sampler = cast("Iterable[Sequence[int]] | None", loader.batch_sampler)
+    if sampler is None:
+        raise BatchError("the loader has batch_size=None", remedy="give the DataLoader a batch_size")
+    inner = cast(object, getattr(sampler, "sampler", None))
+    if isinstance(inner, DistributedSampler):
+        data = cast(Sized, loader.dataset)
+        inner = RandomSampler(data) if inner.shuffle else SequentialSampler(data)
+        sampler = torch.utils.data.BatchSampler(inner, loader.batch_size or 1, loader.drop_last)
+        say("took the DistributedSampler out of the loader: batches are counted out by leaf")
+
+    def steps(epoch: int, leaves: int) -> list[list[LeafBatch]]:
+        states = get_states()
+        everything(mix("order", seed, epoch))
+        generator = getattr(inner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(mix("order", seed, epoch))
+        set_epoch = cast("Callable[[int], None] | None", getattr(inner, "set_epoch", None))
+        if set_epoch is not None:
+            set_epoch(epoch)
+        batches = [list(b) for b in sampler]
+        set_states(states)
+        full = loader.batch_size or max((len(b) for b in batches), default=1)
+        return [[LeafBatch(b, len(b) / full) for b in batches[i : i + leaves]] for i in range(0, len(batches), leaves)]
+
+    return steps
+
+
+class SeededBatch(list[int]):
+    """The sample numbers of one batch, and the seed with which it is made."""
+
+    def __init__(self, indices: Sequence[int], seed: int) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+
+@dataclass(frozen=True, slots=True)
+class SeededDataset:
+    """Seeds the process that makes a batch, so that the number of loader workers changes nothing."""
+
+    dataset: Dataset[object]
+
+    def __getitems__(self, batch: SeededBatch) -> list[object]:
+        everything(batch.seed)
+        many = getattr(self.dataset, "__getitems__", None)
+        return many(list(batch)) if many is not None else [self.dataset[i] for i in batch]
+
+    def __getitem__(self, index: int) -> object:
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+
+def _remake(source: DataLoader[T_co], batches: list[SeededBatch]) -> DataLoader[T_co]:
+    workers = source.num_workers
+    return DataLoader(
+        cast(Dataset[T_co], SeededDataset(cast(Dataset[object], source.dataset))),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=source.collate_fn,
+        pin_memory=source.pin_memory,
+        timeout=source.timeout,
+        worker_init_fn=source.worker_init_fn,
+        multiprocessing_context=source.multiprocessing_context if workers else None,
+        prefetch_factor=source.prefetch_factor if workers else None,
+    )

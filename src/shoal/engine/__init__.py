@@ -1,0 +1,1 @@
+"""The mechanism: units, the schedule, and one engine that runs a strategy's rules."""

@@ -1,0 +1,75 @@
+"""What stands in for values that are not on this rank, so that nobody touches them by accident."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from shoal.errors import AwayError
+
+
+def hole(dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
+    """`count` values that mean "not here": NaN, or the smallest value of an integer dtype."""
+    if dtype == torch.bool:
+        return torch.zeros(count, dtype=dtype, device=device)
+    nothing = float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
+    return torch.full((count,), nothing, dtype=dtype, device=device)
+
+
+def untouched(holes: Tensor) -> Tensor:
+    """Per value, whether it still says "not here"."""
+    if holes.dtype.is_floating_point or holes.dtype.is_complex:
+        return holes.isnan()
+    return holes == hole(holes.dtype, 1, holes.device)
+
+
+class AwayGrad(Tensor):
+    """A gradient that is not whole on this rank. Every operation on it raises `AwayError`."""
+
+    param_name: str
+
+    @staticmethod
+    def __new__(cls: type[AwayGrad], like: Tensor, name: str) -> AwayGrad:
+        made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+            cls, like.shape, dtype=like.dtype, device=like.device
+        )
+        made.param_name = name
+        return made  # pyright: ignore[reportUnknownVariableType]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> NoReturn:
+        _refuse(args)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> NoReturn:
+        _refuse(args)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"<gradient of '{self.param_name}': held by shoal until the step; see job.clip_grad_norm>"
+
+
+def _refuse(args: Sequence[object]) -> NoReturn:
+    flat: list[object] = []
+    for a in args:
+        flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)  # pyright: ignore[reportUnknownArgumentType]
+    name = next((a.param_name for a in flat if isinstance(a, AwayGrad)), "?")
+    raise AwayError(
+        f"the gradient of '{name}' is not a whole tensor of this rank",
+        cause="shoal sums gradients over all leaves of a step and hands each rank what it updates",
+        remedy="job.clip_grad_norm(max_norm) clips and returns the true global norm",
+    )

@@ -1,0 +1,226 @@
+"""The user's model and optimizer, bound to an engine: what `step`, `zero_grad`, `state_dict` mean now."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shoal.comm.meet import Want
+from shoal.engine.engine import Engine
+from shoal.engine.hooks import Handle
+from shoal.engine.norm import global_norm
+from shoal.errors import OptimizerError, OrderError
+from shoal.leaves import assign
+from shoal.strategy import Strategy
+
+
+class Binding:
+    """One model and its optimizer under one engine.
+
+    Args:
+        acted: called after every step that acted.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: Optimizer,
+        names: dict[nn.Parameter, str],
+        s: Strategy,
+        acted: Callable[[], None],
+    ) -> None:
+        self.engine, self.model, self.optimizer, self.names, self.strategy = engine, engine.model, optimizer, names, s
+        self.acted = acted
+        self.stepped = False
+        self.schedulers: list[LRScheduler] = []
+        self.order = {n: i for i, (n, _) in enumerate(self.model.named_parameters())}
+        self.handles: list[Handle] = []
+        self.group_names: list[list[str]] = []
+        self.look_for_schedulers = True
+        self._step = optimizer.step
+        self._bind_optimizer()
+
+    def _bind_optimizer(self) -> None:
+        binding = self
+
+        def zero_grad(_self: Optimizer, set_to_none: bool = True) -> None:
+            binding.engine.discard()
+            for param in binding.model.parameters():
+                param.grad = None
+
+        self.optimizer.step = _Step(self)  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.zero_grad = MethodType(zero_grad, self.optimizer)
+
+    def step(self) -> None:
+        """A leaf ends; with the step's last one, update."""
+        engine = self.engine
+        if self.look_for_schedulers and engine.own_turns > 1:
+            self._find_schedulers()
+        if engine.turn < engine.own_turns - 1:
+            engine.end_leaf()
+            self.stepped = False
+            return
+        engine.settle()
+        self._step()
+        self.stepped = True
+        engine.after_update()
+        self.acted()
+
+    def clip_grad_norm(self, max_norm: float) -> float | None:
+        """See `Job.clip_grad_norm`."""
+        engine = self.engine
+        if engine.turn < engine.own_turns - 1:
+            return None
+        engine.settle()
+        engine.meeting.meet(Want.CLIP, engine.steps)
+        norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh.shard)
+        scale = min(max_norm / (norm + 1e-6), 1.0)  # in this order NaN stays NaN, as in torch
+        with torch.no_grad():
+            for unit in engine.units:
+                for piece in unit.pieces.values():
+                    if piece.grad is not None:
+                        piece.grad.mul_(scale)
+        return norm
+
+    # ---------------------------------------------------------------- schedulers
+
+    def add_scheduler(self, scheduler: LRScheduler) -> None:
+        """Let a scheduler wait for steps that act."""
+        if scheduler in self.schedulers:
+            return
+        self.schedulers.append(scheduler)
+        binding, kind = self, type(scheduler)
+
+        def step(scheduler: LRScheduler, *args: object, **kwargs: object) -> None:
+            if binding.stepped:
+                kind.step(scheduler, *args, **kwargs)  # type: ignore[arg-type]
+
+        # a class of its own rather than an attribute: state_dict() would hold an attribute
+        scheduler.__class__ = type(kind.__name__, (kind,), {"step": step})
+
+    def _find_schedulers(self) -> None:
+        """Schedulers that were not given to `prepare`: they must wait too where some leaves do not act."""
+        self.look_for_schedulers = False
+        holders = cast(list[object], gc.get_referrers(self.optimizer))
+        dicts: list[object] = []  # a scheduler's attributes, where Python keeps them apart from it
+        for holder in holders:
+            if isinstance(holder, dict) and cast(dict[str, object], holder).get("optimizer") is self.optimizer:
+                dicts.append(cast(object, holder))
+        for holder in holders + (cast(list[object], gc.get_referrers(*dicts)) if dicts else []):
+            if isinstance(holder, LRScheduler) and holder.optimizer is self.optimizer:
+                self.add_scheduler(holder)
+
+    # ---------------------------------------------------------------- state
+
+    @contextmanager
+    def whole(self, *, write: bool) -> Generator[None]:
+        """See `Job.whole`."""
+        engine = self.engine
+        if engine.leaf is not None or engine.leased:
+            raise OrderError(
+                "job.whole in the middle of a leaf" if not engine.leased else "job.whole inside job.whole",
+                remedy="call it before forward or after optimizer.step()",
+            )
+        engine.meeting.meet(Want.WHOLE, int(write))
+        carrier = engine.mesh.world.carrier
+        for unit in engine.units:
+            unit.lend()
+        engine.leased = True
+        carrier.hold("job.whole")
+        try:
+            yield
+            if write:
+                for unit in engine.units:
+                    unit.keep_written()
+        finally:
+            engine.leased = False
+            carrier.hold("")
+            for unit in engine.units:
+                unit.take_back()
+        engine.meeting.meet(Want.WHOLE, 2)
+        if write:  # what rests whole may have been written differently on each rank: shards decide
+            for unit in engine.units:
+                if unit.resident:
+                    unit.gather()
+                    unit.wait()
+
+    def set_leaves(self, leaves: int) -> None:
+        """Another number of leaves, before the first step."""
+        if leaves != self.strategy.leaves:
+            self.strategy = replace(self.strategy, leaves=leaves)
+            mesh, every = self.engine.mesh, self.engine.every_leaf
+            self.engine.set_leaves(assign(leaves, mesh.copies.size, mesh.shard.size, every_leaf=every), leaves)
+
+    def held(self) -> dict[str, int]:
+        """Bytes in use, by what they hold."""
+        engine = self.engine
+        sizes = {"parameters": 0, "masters": 0, "gradients": engine.gradients.nbytes, "optimizer": 0}
+        for unit in engine.units:
+            for kind, nbytes in unit.held():
+                sizes[kind] += nbytes
+        for state in self.optimizer.state.values():
+            sizes["optimizer"] += sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor))
+        return sizes
+
+    def release(self) -> None:
+        """The job is over: take the hooks off. Tensors hold theirs where the garbage collector does not look."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if any(not unit.resident for unit in self.engine.units):
+            self.model.register_forward_pre_hook(_closed)
+
+    def undo(self) -> None:
+        """Give the user whole parameters and an ordinary optimizer back, before the first step. Collective."""
+        for handle in self.handles:
+            handle.remove()
+        params: dict[str, nn.Parameter] = {}
+        for unit in self.engine.units:
+            flat = unit.masters()
+            for span in unit.layout.spans:
+                params[span.name] = unit.params[span.name]
+                params[span.name].data = flat[span.start : span.stop].view(span.shape).clone()
+        for names, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
+            group["params"] = [params[n] for n in names]
+        self.optimizer.state.clear()
+        self.optimizer.step = self._step  # pyright: ignore[reportAttributeAccessIssue]
+        del self.optimizer.zero_grad
+        for scheduler in self.schedulers:
+            scheduler.__class__ = type(scheduler).__bases__[0]
+
+
+def _closed(_module: nn.Module, _args: object) -> None:
+    raise OrderError(
+        "the job is closed, and its model's parameters have stayed in shards",
+        remedy="use the model before job.close(), or job.state_dict(model)",
+    )
+
+
+class _Step:
+    """What `optimizer.step` is now. A scheduler looks for torch's mark on it when it is made: so we know of it."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.binding = binding
+
+    @property
+    def _wrapped_by_lr_sched(self) -> bool:
+        self.binding.look_for_schedulers = True
+        return True
+
+    def __call__(self, closure: Callable[[], float] | None = None) -> None:
+        if closure is not None:
+            raise OptimizerError(
+                "optimizer.step(closure) runs forward and backward inside the step",
+                remedy="loss.backward() first, then optimizer.step()",
+            )
+        self.binding.optimizer._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns
+        self.binding.step()

@@ -1,0 +1,454 @@
+"""Runs a strategy's rules on a model. Knows moments, not algorithms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.meet import Meeting, Want
+from shoal.comm.mesh import Mesh
+from shoal.engine.autograd import at_end_of_backward, graph_task
+from shoal.engine.away import AwayGrad
+from shoal.engine.buffers import Buffers
+from shoal.engine.gradients import Gradients
+from shoal.engine.leaf import Leaf, LeafInfo
+from shoal.engine.schedule import Act, Cursor, Plan, Record, fullest, make_plan
+from shoal.engine.turns import Turns
+from shoal.engine.unit import Unit
+from shoal.engine.units import around
+from shoal.errors import AwayError, OrderError, PlanError
+from shoal.leaves import Assignment
+from shoal.rules import Moment, Op, Rules, every_leaf
+
+
+class Engine:
+    """One model under one strategy.
+
+    Args:
+        model: the user's own; `engine.hooks.install` puts the hooks on it.
+        units: all its units, in definition order.
+        mesh: the grid of ranks.
+        meeting: where ranks compare what they want.
+        rules: what happens to a unit, and when.
+        assignment: which rank computes which leaf.
+        leaves: L, of one step.
+        overlap: follow a plan from the second leaf on; False: any number of backward calls, nothing at the same time.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules,
+        assignment: Assignment, leaves: int, *, overlap: bool = True,
+    ) -> None:  # fmt: skip
+        self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
+        self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
+        self.gradients = Gradients(units, mesh, meeting, rules)
+        self.set_leaves(assignment, leaves)
+        self.plan: Plan | None = None
+        self.expected = Counter[int]()
+        self.leaf: Leaf | None = None
+        self.coming: LeafInfo | None = None
+        self.steps, self.turn, self.turns_done = 0, 0, 0
+        self.settled, self.leased = False, False
+        self.buffers = Buffers(model, mesh.world)
+        self.on_open: Callable[[Leaf], None] = lambda _leaf: None
+        self._wanted: int | None = None
+        meeting.grant = self.grant
+
+    # ---------------------------------------------------------------- steps and leaves
+
+    def set_leaves(self, assignment: Assignment, leaves: int) -> None:
+        """Fix the leaves of a step. Only between steps."""
+        self.assignment, self.leaves = assignment, leaves
+        self.every_leaf = every_leaf(self.rules[Moment.AFTER_BACKWARD])
+        self.gathers = any(r.op is Op.GATHER for r in self.rules[Moment.BEFORE_FORWARD])
+        self.meeting.make_room(max(8 * leaves, len(self.gradients.names) // 8 + 2))
+        self._new_step(leaves)
+
+    def _new_step(self, present: int) -> None:
+        self.turns = Turns(
+            self.leaves, present, self.assignment, self.mesh.shard.size, every_leaf=self.every_leaf
+        )  # fmt: skip
+        self.turn, self.settled = 0, False
+        self.gradients.begin(self.turns)
+        self.touched: set[str] = set()
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.world.rank
+
+    @property
+    def recording(self) -> bool:
+        """Is a leaf under way that follows no plan?"""
+        return self.leaf is not None and self.leaf.cursor is None
+
+    @property
+    def own_turns(self) -> int:
+        """How many turns of this step run user code on this rank: at least one, so that all ranks run it."""
+        return max(1, len(self.turns.of(self.rank)))
+
+    def open(self) -> None:
+        """Begin a leaf, unless one is under way."""
+        if self.leaf is not None or self.leased:
+            return
+        if self.settled:
+            raise OrderError(
+                "forward between clip_grad_norm() and optimizer.step()", remedy="call them one after the other"
+            )
+        self._check_parameters()
+        if self.turn == 0 and self.coming is not None:
+            self._new_step(self.coming.present)
+        number = self.turns.leaf(self.rank, self.turn)
+        info, self.coming = self.coming or LeafInfo(number, 1.0, self.leaves), None
+        if info.leaf != number:
+            raise OrderError(
+                f"the loader handed out leaf {info.leaf}, but leaf {number} is next",
+                cause="optimizer.step() was not called once for every batch",
+                remedy="with leaves= set, call optimizer.step() after every batch; it acts on a step's last one",
+            )
+        self._open(number, info.weight)
+        assert self.leaf is not None
+        self.buffers.begin(first=self.turn == 0)
+        self.on_open(self.leaf)
+
+    def _open(self, number: int | None, weight: float) -> None:
+        if self.gathers:
+            self.meeting.meet(Want.LEAF, self.turns_done)
+        entries = [e for e in self.plan or () if e.act is Act.GATHER or self.turns.reduces(self.turn)]
+        cursor = Cursor(tuple(entries)) if self.plan is not None else None
+        self.leaf = Leaf(number, weight, self.turn, self.turns_done, cursor)
+
+    def _check_parameters(self) -> None:
+        """What the user may have done to them between two leaves, and nobody was told."""
+        for unit in self.units:
+            if unit.resident:
+                unit.check_shown()
+        thawed = [n for u in self.units if not u.trainable for n, p in u.params.items() if p.requires_grad]
+        if thawed:
+            raise OrderError(
+                f"'{thawed[0]}' was frozen in prepare and is trained now",
+                remedy="call requires_grad_() before job.prepare",
+            )
+
+    def set_weight(self, weight: float) -> None:
+        """The weight of the leaf under way, or of the next."""
+        if self.leaf is None:
+            self.open()
+        assert self.leaf is not None
+        if self.leaf.touched:
+            raise OrderError(
+                f"job.weight({weight:g}) came after backward", remedy="call job.weight before loss.backward()"
+            )
+        self.leaf.weight = weight
+
+    def end_leaf(self) -> None:
+        """The leaf's last backward has run: take what is left, take part in what others still need."""
+        leaf = self.leaf
+        if leaf is None:
+            self.open()
+            leaf = self.leaf
+        assert leaf is not None
+        if leaf.cursor is None and self.gathers:
+            self.meeting.meet(Want.LEAF_END, self.turns_done)
+        self.buffers.end(leaf.number, leaf.weight)
+        trainable = [u for u in reversed(self.units) if u.trainable]
+        for unit in trainable:
+            self.gradients.check_kept(unit, leaf)
+            self.gradients.take(unit, leaf)
+        if leaf.cursor is not None:
+            while self._advance():
+                pass
+        elif self.turns.reduces(self.turn):
+            for unit in trainable:
+                self.gradients.start(unit, leaf)
+        for unit in self.units:
+            if not unit.resident and (unit.here or unit.coming):
+                unit.free()
+        if self.plan is None and self.overlap:
+            self._make_plan(leaf)
+        if leaf.number is not None:
+            self.turns.weights[leaf.number] = leaf.weight
+        self.touched |= leaf.touched if leaf.number is not None and leaf.weight else set()
+        self.leaf = None
+        self.turn += 1
+        self.turns_done += 1
+
+    def _make_plan(self, leaf: Leaf) -> None:
+        told = self.mesh.world.share_any("plan", leaf.record.to_json())
+        record = fullest([Record.from_json(data) for data in told])
+        if +record.times:  # otherwise nobody has run a backward: the next leaf will tell
+            self.plan = make_plan(record, around(self.units), {u.index for u in self.units if u.trainable})
+            self.expected = record.times
+
+    def settle(self) -> None:
+        """End the step: all leaves of all ranks are in, and the pieces have their gradients. Done once a step."""
+        if self.settled:
+            return
+        self.end_leaf()
+        while self.turn < self.turns.count:  # serve ranks that have more leaves
+            self._open(None, 0.0)
+            self.end_leaf()
+        self.gradients.finish()
+        names = self.gradients.names
+        bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)
+        bits |= self.buffers.changed << len(names)
+        size = len(names) // 8 + 1
+        everyone = 0
+        for answer in self.meeting.meet(Want.STEP, self.steps, bits.to_bytes(size, "little")):
+            everyone |= int.from_bytes(answer, "little")
+        self.gradients.hand_out({n for i, n in enumerate(names) if everyone >> i & 1})
+        if everyone >> len(names):
+            self.buffers.settle(self.turns)
+        self.settled = True
+
+    def after_update(self) -> None:
+        """The optimizer has stepped: make what rests here whole and current, forget gradients, begin the next step."""
+        for unit in self.units:
+            if unit.trainable:
+                self.at(Moment.AFTER_UPDATE, unit)
+        for unit in self.units:
+            unit.wait()
+        self.gradients.forget()
+        self.steps += 1
+        self._new_step(self.leaves)
+
+    def discard(self) -> None:
+        """`zero_grad()`: in mid-leaf it forgets what this leaf has gathered."""
+        if self.leaf is not None and self.leaf.touched:
+            self.gradients.discard(self.leaf)
+
+    # ---------------------------------------------------------------- moments
+
+    def at(self, moment: Moment, unit: Unit, *ops: Op) -> None:
+        """Do what the rules say; `ops`: only these."""
+        last = self.turn >= self.turns.count - 1
+        for rule in self.rules[moment]:
+            if (not ops or rule.op in ops) and (last or not rule.last):
+                self._do(rule.op, unit)
+
+    def _do(self, op: Op, unit: Unit) -> None:
+        match op:
+            case Op.GATHER if self.leaf is None and unit.resident:
+                unit.gather()
+            case Op.GATHER:
+                self.need(unit)
+            case Op.FREE:
+                self._free(unit)
+            case Op.REDUCE | Op.AGREE:
+                raise AssertionError(f"{op} travels: see Gradients.start")
+
+    def before_forward(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            self.at(Moment.BEFORE_FORWARD, unit)
+
+    def after_forward(self, units: Iterable[Unit], outputs: Sequence[Tensor], *, recomputing: bool) -> None:
+        """Free the units of a block, unless its backward is near or would go unnoticed."""
+        for unit in units:
+            if recomputing or unit.resident or self.leased:
+                continue
+            if any(_shares(t, unit.whole) for t in outputs) or (
+                torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
+            ):
+                self._keep(unit)
+            else:
+                self.at(Moment.AFTER_FORWARD, unit)
+
+    def _keep(self, unit: Unit) -> None:
+        if self.leaf is not None:
+            self.leaf.keep.add(unit.index)
+
+    def before_backward(self, units: Iterable[Unit]) -> None:
+        """The gradient of a block's output is there."""
+        if self.leaf is None:
+            raise self._no_leaf()
+        entered = self._call(self.leaf)
+        for unit in units:
+            entered.add(unit.index)
+            self.at(Moment.BEFORE_BACKWARD, unit)
+            if torch.is_grad_enabled():  # create_graph=True: there will be a backward through this backward
+                self._keep(unit)
+
+    def backward_begins(self) -> None:
+        """The gradient of one of the model's outputs is there."""
+        if self.leaf is not None:
+            self._call(self.leaf)
+
+    def _call(self, leaf: Leaf) -> set[int]:
+        """At the first sign of a backward call, ask for a sign at its end. Returns the units that it has entered."""
+        call = graph_task()
+        if call not in leaf.backwards:
+            leaf.backwards[call] = set()
+            at_end_of_backward(lambda: self.backward_done(call))
+        return leaf.backwards[call]
+
+    def after_backward(self, units: Iterable[Unit]) -> None:
+        """The gradient of a block's input is there: all that came after it is done."""
+        if self.leaf is not None:
+            for unit in units:
+                self._complete(unit)
+            self._pump()
+
+    def _complete(self, unit: Unit) -> None:
+        """The backward of a unit's block is over for now; the first leaf has shown whether for good."""
+        leaf = self.leaf
+        assert leaf is not None
+        if unit.index in leaf.fresh:
+            leaf.fresh.discard(unit.index)
+            leaf.record.add(Act.REDUCE, unit.index)
+            if leaf.cursor is not None and leaf.record.times[unit.index] == self.expected[unit.index]:
+                self.gradients.take(unit, leaf)
+        self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
+
+    def before_gradient(self, name: str, param: nn.Parameter) -> None:
+        """Autograd is about to add to `param.grad`: give it what earlier backward calls of this leaf left there."""
+        self.backward_begins()
+        self.gradients.show(name, param)
+
+    def after_gradient(self, unit: Unit, name: str) -> None:
+        """One gradient has been added."""
+        leaf = self.leaf
+        if leaf is None:
+            raise self._no_leaf()
+        self.check_here(unit)
+        leaf.fresh.add(unit.index)
+        leaf.touched.add(name)
+        if unit.index in leaf.done:
+            raise PlanError(
+                f"'{name}' got a gradient after those of {unit} had been handed on",
+                cause="more backward calls, or other uses of a block, than in the first leaf",
+                remedy="shoal.init(..., overlap=False) reduces at optimizer.step(), after any number",
+            )
+
+    def check_here(self, unit: Unit) -> None:
+        """Raises `AwayError` when a backward uses parameters of a unit that it has not entered."""
+        if not unit.here:
+            raise AwayError(
+                f"backward went through {unit} while its parameters were away",
+                cause="its parameters are used without calling it, or something besides its outputs leads into it, "
+                "such as a loss kept as an attribute",
+                remedy="return it from the block, or name larger blocks with units=",
+            )
+
+    def owner(self, tensor: Tensor) -> Unit | None:
+        """The unit whose parameters this tensor is a view of, if they are freed now and then."""
+        return next((u for u in self.units if not u.resident and u.here and _shares(tensor, u.whole)), None)
+
+    def _no_leaf(self) -> OrderError:
+        return OrderError(
+            "backward without a training forward of the prepared model since optimizer.step()",
+            cause="the model is in eval() mode, or backward runs inside job.whole, or after step()",
+            remedy="model.train(); then forward, backward and optimizer.step() in this order",
+        )
+
+    def backward_done(self, call: int) -> None:
+        """A backward call is over. It may have run inside another, as some checkpointing does."""
+        leaf = self.leaf
+        if leaf is None:
+            return
+        entered = leaf.backwards.pop(call, set())
+        for unit in reversed(self.units):
+            if not leaf.backwards or unit.index in entered:
+                self._complete(unit)
+        if not leaf.backwards:
+            self.gradients.hide()
+        self._pump()
+
+    # ---------------------------------------------------------------- parameters
+
+    def need(self, unit: Unit) -> None:
+        """Return when the unit's parameters are whole here."""
+        if self.leaf is not None:
+            self.leaf.resting.discard(unit.index)
+        if self.leased or (unit.here and unit.coming is None):
+            return
+        cursor = self.leaf.cursor if self.leaf is not None else None
+        if unit.coming is None and cursor is not None:
+            if not cursor.will_gather(unit.index):
+                raise PlanError(
+                    f"{unit} is entered more often, or earlier, than in the first leaf",
+                    cause="a block that only some leaves use, or use in another order",
+                    remedy="name a larger block with units=, or shoal.init(..., overlap=False)",
+                )
+            while unit.coming is None and not unit.here:
+                passed = [u for u in self.units if u.coming]
+                self._advance()
+                for other in passed:  # this leaf does not use them here
+                    other.wait()
+                    self._free(other)
+        while unit.coming is None and not unit.here:
+            self._wanted = unit.index
+            self.meeting.meet(Want.GATHER, unit.index)
+            self._wanted = None
+        unit.wait()
+        if self.leaf is not None:
+            self.leaf.record.add(Act.GATHER, unit.index)
+        self._prefetch()
+
+    def grant(self, index: int) -> None:
+        """Take part in gathering a unit that some rank needs."""
+        unit = self.units[index]
+        before = unit.here
+        unit.gather()
+        unit.wait()
+        if not before and self._wanted != index:
+            unit.free()
+
+    def _free(self, unit: Unit) -> None:
+        leaf = self.leaf
+        if self.leased or not unit.here or unit.coming is not None:  # what is coming is for a later use
+            return
+        if leaf is None:
+            unit.free()
+        elif unit.index in leaf.keep or unit.index in leaf.resting:
+            return
+        elif leaf.again[unit.index]:
+            leaf.again[unit.index] -= 1
+            leaf.resting.add(unit.index)
+        else:
+            unit.free()
+            leaf.record.add(Act.FREE, unit.index)
+
+    # ---------------------------------------------------------------- the plan
+
+    def _advance(self) -> bool:
+        """Start the next collective of the plan, ready or not. False at its end."""
+        leaf = self.leaf
+        assert leaf is not None
+        assert leaf.cursor is not None
+        entry = leaf.cursor.next
+        if entry is None:
+            return False
+        leaf.cursor.at += 1
+        unit = self.units[entry.unit]
+        if entry.act is Act.GATHER:
+            leaf.again[entry.unit] = entry.keep
+            unit.gather()
+        else:
+            self.gradients.take(unit, leaf)
+            self.gradients.start(unit, leaf)
+        return True
+
+    def _pump(self) -> None:
+        """Start all that needs no waiting: reductions of units whose gradients are complete, then one gather ahead."""
+        leaf = self.leaf
+        if leaf is None or leaf.cursor is None:
+            return
+        while (entry := leaf.cursor.next) and entry.act is Act.REDUCE and entry.unit in leaf.done:
+            self._advance()
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        leaf = self.leaf
+        if leaf is None or leaf.cursor is None or any(u.coming for u in self.units):
+            return
+        entry = leaf.cursor.next
+        if entry and entry.act is Act.GATHER:
+            self._advance()
+
+
+def _shares(tensor: Tensor, whole: Tensor) -> bool:
+    if tensor.is_meta or type(tensor) is AwayGrad:
+        return False
+    return tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() != 0

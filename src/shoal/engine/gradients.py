@@ -1,0 +1,241 @@
+"""The gradients of one step: out of the user's parameters, into sums over leaves, to the owners of shards."""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.group import Pending
+from shoal.comm.meet import Meeting, Want
+from shoal.comm.mesh import Mesh
+from shoal.comm.meter import Meter
+from shoal.engine.away import AwayGrad
+from shoal.engine.leaf import Leaf
+from shoal.engine.sums import Flow, Pool, Sum, Sums, agree, drain, new_tree, own, swap
+from shoal.engine.turns import Turns
+from shoal.engine.unit import Unit
+from shoal.errors import OrderError
+from shoal.leaves import Weighed
+from shoal.rules import Moment, Op, Rules
+
+IN_FLIGHT = 2
+"""Reductions under way at the same time."""
+
+
+class Gradients:
+    """All gradients of one model on this rank.
+
+    Between two moments at which the user may see them, parameters and pieces carry an `AwayGrad` instead.
+
+    Args:
+        units: of the model; those that are not trained are left out.
+        mesh: the grid of ranks.
+        meeting: where ranks tell each other the weights of their leaves.
+        rules: those of the moment after backward say what travels, and in which turn.
+    """
+
+    def __init__(self, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules) -> None:
+        self.units = [u for u in units if u.trainable]
+        self.mesh, self.meeting = mesh, meeting
+        self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
+        self.names = [n for u in self.units for n in u.params]
+        self.pool = Pool()
+        self.guards = {n: AwayGrad(p, n) for u in self.units for n, p in u.params.items()}
+        self.piece_guards = [(p, AwayGrad(p, n)) for u in self.units for n, p in u.pieces.items()]
+        self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
+        self.flows: deque[tuple[Flow, Pending]] = deque()
+        self.results: dict[int, Tensor | None] = {}
+        self._guard_pieces()
+
+    def begin(self, turns: Turns) -> None:
+        """A step begins."""
+        self.turns = turns
+        self.mine: dict[int, Sums] = {u.index: new_tree(turns.leaves, self.pool) for u in self.units}
+        self.sums: dict[int, Sums] = {u: new_tree(turns.leaves, self.pool) for u in self.mine}
+        self.weights_known = -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of gradients, partial sums and buffers kept for them."""
+        trees = [*self.mine.values(), *self.sums.values()]
+        waiting = [w.value.data for tree in trees for w in tree.nodes.values() if w.value]
+        done = [r for r in self.results.values() if r is not None]
+        return sum(t.nbytes for t in [*waiting, *done, *self.held.values()]) + self.pool.nbytes
+
+    # ---------------------------------------------------------------- in a leaf
+
+    def show(self, name: str, param: nn.Parameter) -> None:
+        """Autograd is about to add to `param.grad`: give it what earlier backward calls of this leaf left there."""
+        if param.grad is self.guards[name]:
+            param.grad = self.held.pop(name, None)
+
+    def hide(self) -> None:
+        """Nobody may see this leaf's gradients between two backward calls."""
+        for unit in self.units:
+            for name, param in unit.params.items():
+                if param.grad is not None and param.grad is not self.guards[name]:
+                    self.held[name], param.grad = param.grad, self.guards[name]
+
+    def discard(self, leaf: Leaf) -> None:
+        """`zero_grad()` in mid-leaf: forget what this leaf has gathered."""
+        if leaf.done:
+            raise _too_late()
+        self.held.clear()
+        leaf.fresh.clear()
+        leaf.record.forget_gradients()
+        leaf.touched.clear()
+
+    def check_kept(self, unit: Unit, leaf: Leaf) -> None:
+        """`p.grad = None` and the module's own `zero_grad()` tell nobody."""
+        if unit.index in leaf.done:
+            for name in leaf.touched & unit.params.keys():
+                if unit.params[name].grad is not self.guards[name]:
+                    raise _too_late()
+
+    def take(self, unit: Unit, leaf: Leaf) -> None:
+        """Move a unit's gradients of this leaf from the parameters into its sums."""
+        if unit.index in leaf.done:
+            return
+        leaf.done.add(unit.index)
+        grads = {n: g for n, p in unit.params.items() if (g := self._grad(n, p)) is not None}
+        for name in grads:
+            unit.params[name].grad = self.guards[name]
+        mine = self.mine[unit.index]
+        if leaf.number is not None:
+            value = Sum(self._flat(unit, grads)) if leaf.weight else None
+            mine.put_leaf(leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
+        if self._last(leaf):
+            for absent in self.turns.absent(self.mesh.world.rank):
+                mine.put_leaf(absent, Weighed(None))
+
+    def _grad(self, name: str, param: nn.Parameter) -> Tensor | None:
+        held = self.held.pop(name, None)
+        return held if param.grad is self.guards[name] else param.grad
+
+    def _flat(self, unit: Unit, grads: dict[str, Tensor]) -> Tensor:
+        flat = self.pool.take(unit.numel, unit.dtypes.reduce, unit.device)
+        with torch.no_grad():
+            for s in unit.layout.spans:
+                view = flat[s.start : s.stop]
+                grad = grads.get(s.name)
+                if grad is None:
+                    view.zero_()
+                else:
+                    view.view(s.shape).copy_(grad)
+        return flat
+
+    # ---------------------------------------------------------------- on their way
+
+    def start(self, unit: Unit, leaf: Leaf) -> None:
+        """Send a unit's gradients on their way, as far as the rules say in this turn."""
+        last = self._last(leaf)
+        ops = [r.op for r in self.rules if last or not r.last]
+        self._learn_weights(leaf)
+        flow = self._journey(unit, ops, leaf.turn)
+        first = next(flow, None)
+        if first is not None:
+            self.flows.append((flow, first))
+        while len(self.flows) > IN_FLIGHT:
+            self._continue()
+
+    def finish(self) -> None:
+        """Wait for all that is under way."""
+        while self.flows:
+            self._continue()
+
+    def _last(self, leaf: Leaf) -> bool:
+        return leaf.turn == self.turns.count - 1
+
+    def _journey(self, unit: Unit, ops: Sequence[Op], turn: int) -> Flow:
+        if Op.REDUCE in ops:
+            yield from self._reduce(unit, turn)
+        if Op.AGREE in ops:
+            yield from self._agree(unit)
+
+    def _learn_weights(self, leaf: Leaf) -> None:
+        """Once a turn: everybody hears the weights of everybody's leaves so far."""
+        if self.weights_known >= leaf.turn:
+            return
+        self.weights_known = leaf.turn
+        turns = self.turns
+        mine = turns.of(self.mesh.world.rank)
+        if leaf.number is not None:
+            turns.weights[leaf.number] = leaf.weight
+        payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine))
+        answers = self.meeting.meet(Want.REDUCE, leaf.serial, payload.ljust(8 * turns.leaves, b"\0"))
+        if isinstance(self.mesh.world.carrier, Meter):
+            turns.assume_full()  # in a dry run everybody answers what this rank says
+            return
+        for rank, answer in enumerate(answers):
+            theirs = turns.of(rank)
+            turns.learn(dict(zip(theirs, struct.unpack_from(f"<{len(theirs)}d", answer), strict=True)))
+
+    def _continue(self) -> None:
+        """Bring the oldest transfer one stage further."""
+        flow, pending = self.flows.popleft()
+        pending.wait()
+        following = next(flow, None)
+        if following is not None:
+            self.flows.appendleft((flow, following))
+
+    def _reduce(self, unit: Unit, turn: int) -> Flow:
+        """Inside a copy: every owner gets its shard of all partial sums."""
+        shard = self.mesh.shard
+        mine, tree = drain(self.mine[unit.index]), self.sums[unit.index]
+        first = self.mesh.world.rank - shard.rank
+        theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
+        assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
+        like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
+        yield from swap(shard, "reduce", unit.layout.bounds, mine, theirs, tree, self.pool, like)
+        if shard.size > 1:
+            own(tree, self.pool)
+            for _, weighed in mine:
+                if weighed.value:
+                    self.pool.give(weighed.value.data)
+
+    def _agree(self, unit: Unit) -> Flow:
+        """Across copies: the step's gradient of this shard."""
+        copies, turns = self.mesh.copies, self.turns
+        like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
+        numel = unit.layout.shard_numel(unit.shard.rank)
+        theirs = [turns.copy_holds(c) for c in range(copies.size)]
+        self.results[unit.index] = yield from agree(
+            copies, drain(self.sums[unit.index]), theirs, turns.total, turns.leaves, self.pool, numel, like
+        )
+
+    # ---------------------------------------------------------------- at the end of a step
+
+    def hand_out(self, touched: set[str]) -> None:
+        """Give the pieces of the parameters in `touched` the step's gradients."""
+        for unit in self.units:
+            shard = self.results.get(unit.index)
+            for p in unit.layout.pieces(unit.shard.rank):
+                piece = unit.pieces[p.name]
+                if shard is None or p.name not in touched:
+                    piece.grad = None
+                else:
+                    piece.grad = shard[p.at : p.at + p.numel].view(piece.shape).to(piece.dtype)
+
+    def forget(self) -> None:
+        """The optimizer has stepped."""
+        self._guard_pieces()
+        for result in self.results.values():
+            if result is not None:
+                self.pool.give(result)
+        self.results.clear()
+
+    def _guard_pieces(self) -> None:
+        """Pieces have gradients from the end of a step's last leaf to the update only."""
+        for piece, guard in self.piece_guards:
+            piece.grad = guard
+
+
+def _too_late() -> OrderError:
+    return OrderError(
+        "zero_grad() came after this leaf's gradients had been handed on",
+        remedy="call it before backward or after step(), or shoal.init(..., overlap=False)",
+    )

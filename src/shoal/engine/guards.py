@@ -1,0 +1,103 @@
+"""Refusals on the user's own objects: to read, write or copy state where it is not whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import cast
+
+from torch import nn
+from torch.optim import Optimizer
+
+from shoal.engine.engine import Engine
+from shoal.engine.hooks import Handle
+from shoal.errors import AwayError
+
+
+def guard_optimizer(optimizer: Optimizer) -> list[Handle]:
+    """For one that holds pieces."""
+
+    def no_state(*_: object) -> None:
+        raise AwayError(
+            "optimizer.state_dict() would hold only this rank's pieces",
+            remedy="job.state_dict(optimizer), or job.save(path)",
+        )
+
+    def no_load(*_: object) -> None:
+        raise AwayError(
+            "optimizer.load_state_dict() takes whole state, and this rank holds pieces",
+            remedy="load it before prepare, which cuts it, or job.load(path)",
+        )
+
+    return [
+        optimizer.register_state_dict_pre_hook(no_state),
+        optimizer.register_load_state_dict_pre_hook(no_load),
+    ]
+
+
+def guard_model(engine: Engine) -> list[Handle]:
+    """For a model whose parameters are away, or only copies of what is trained."""
+    if any(not u.resident for u in engine.units):
+        what = "placeholders: the model's parameters live in shards"
+    elif any(u.dtypes.compute != u.dtypes.master for u in engine.units):
+        what = "copies in a narrower dtype: what is trained lives apart from the model"
+    else:
+        return []
+
+    def no_state(*_: object) -> None:
+        if not engine.leased:
+            raise AwayError(
+                f"model.state_dict() would hold {what}", remedy="job.state_dict(model), or `with job.whole(model): ...`"
+            )
+
+    def no_load(*_: object) -> None:
+        if not engine.leased:
+            raise AwayError(
+                f"model.load_state_dict() would write to {what}",
+                remedy="with job.whole(model, write=True): model.load_state_dict(...)",
+            )
+
+    handles: list[Handle] = []
+    for module in engine.model.modules():
+        handles.append(module.register_state_dict_pre_hook(no_state))
+        handles.append(module.register_load_state_dict_pre_hook(no_load))
+    return handles
+
+
+class Uncopied:
+    """Lets `copy.deepcopy` make a plain copy of a prepared module, without shoal's hooks, where its values are whole.
+
+    Args:
+        engine: of the model.
+        handles: shoal's hooks on it.
+    """
+
+    def __init__(self, engine: Engine, handles: Iterable[Handle]) -> None:
+        self.engine = engine
+        self.hooks = {getattr(h, "id", None) for h in handles}
+        self.modules = [m for m in engine.model.modules() if not hasattr(type(m), "__deepcopy__")]
+        for module in self.modules:
+            module.__dict__["__deepcopy__"] = self._copier(module)
+
+    def _copier(self, module: nn.Module) -> Callable[[dict[int, object]], nn.Module]:
+        def copier(memo: dict[int, object]) -> nn.Module:
+            if not self.engine.leased and any(not u.resident for u in self.engine.units):
+                raise AwayError(
+                    f"a copy of this {type(module).__name__} would hold placeholders: its parameters live in shards",
+                    remedy="with job.whole(model): twin = copy.deepcopy(model)",
+                )
+            twin = type(module).__new__(type(module))
+            memo[id(module)] = twin
+            for name, value in module.__dict__.items():
+                if name.endswith(("_hooks", "_with_kwargs", "_always_called")) and isinstance(value, dict):
+                    hooks = cast(dict[object, object], value)
+                    value = type(hooks)({k: v for k, v in hooks.items() if k not in self.hooks})
+                if name != "__deepcopy__":
+                    twin.__dict__[name] = copy.deepcopy(value, memo)
+            return twin
+
+        return copier
+
+    def remove(self) -> None:
+        for module in self.modules:
+            del module.__dict__["__deepcopy__"]

@@ -1,0 +1,137 @@
+"""Hooks on the user's model. They only tell the engine that a moment has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from shoal.engine.autograd import in_backward
+from shoal.engine.engine import Engine
+from shoal.engine.precision import cast_floats, tensors
+from shoal.engine.unit import Unit
+
+
+class Handle(Protocol):
+    def remove(self) -> None: ...
+
+
+Args = tuple[object, ...]
+Kwargs = dict[str, object]
+
+
+def install(engine: Engine, compute: torch.dtype) -> list[Handle]:
+    """Put the hooks on; `compute`: the dtype that floating inputs are cast to (float32: left alone)."""
+    handles: list[Handle] = _root(engine, compute)
+    handles += _watched(engine) if engine.gathers else []
+    blocks: dict[nn.Module, list[Unit]] = {}
+    for unit in engine.units:
+        blocks.setdefault(unit.module, []).append(unit)
+    for block, units in blocks.items():
+        if engine.gathers or engine.overlap or compute != torch.float32:
+            handles += _block(engine, block, units, compute)
+        for unit in units:
+            if unit.trainable:
+                for name, param in unit.params.items():
+                    handles += _gradient(engine, unit, name, param)
+    handles.append(engine.model.register_forward_hook(_after_root(engine, compute), always_call=False))
+    return handles
+
+
+def _root(engine: Engine, compute: torch.dtype) -> list[Handle]:
+    def before(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if torch.is_grad_enabled() and module.training:
+            engine.open()
+        if compute == torch.float32:
+            return args, kwargs
+        return cast_floats(args, compute), cast_floats(kwargs, compute)
+
+    return [engine.model.register_forward_pre_hook(before, with_kwargs=True)]
+
+
+def _watched(engine: Engine) -> list[Handle]:
+    """In leaves without a plan, watch what autograd saves: a view of freed parameters must not be read (see `Unit`)."""
+    watches: list[saved_tensors_hooks] = []
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Unit]:
+        unit = engine.owner(tensor)
+        return tensor if unit is None else (tensor, unit)
+
+    def unpack(saved: Tensor | tuple[Tensor, Unit]) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        engine.check_here(saved[1])
+        return saved[0]
+
+    def before(_module: nn.Module, _args: Args) -> None:
+        if engine.recording and torch.is_grad_enabled():
+            watches.append(saved_tensors_hooks(pack, unpack))
+            watches[-1].__enter__()
+
+    def after(_module: nn.Module, _args: Args, _output: object) -> None:
+        if watches:
+            watches.pop().__exit__()
+
+    model = engine.model
+    return [model.register_forward_pre_hook(before), model.register_forward_hook(after, always_call=True)]
+
+
+def _after_root(engine: Engine, compute: torch.dtype) -> Callable[[nn.Module, Args, object], object]:
+    def after(_module: nn.Module, _args: Args, output: object) -> object:
+        if compute != torch.float32:
+            output = cast_floats(output, torch.float32, only=compute)
+        for tensor in tensors(output):
+            _at_node(tensor, engine.backward_begins)
+        return output
+
+    return after
+
+
+def _at_node(tensor: Tensor, call: Callable[[], None]) -> None:
+    """Call when the gradient of a tensor reaches what made it: after the tensor's own hooks, of whatever came next."""
+
+    def hook(_grads: tuple[Tensor | None, ...]) -> None:
+        call()
+
+    if tensor.grad_fn is not None:
+        tensor.grad_fn.register_prehook(hook)  # pyright: ignore[reportArgumentType]
+
+
+def _block(engine: Engine, block: nn.Module, units: list[Unit], compute: torch.dtype) -> list[Handle]:
+    def input_done(_grad: Tensor) -> None:
+        engine.after_backward(units)
+
+    def before(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        engine.before_forward(units)
+        if torch.is_grad_enabled() and not in_backward():
+            for tensor in tensors((args, kwargs)):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(input_done)
+        if compute == torch.float32:
+            return args, kwargs
+        return cast_floats(args, compute), cast_floats(kwargs, compute)
+
+    def after(_module: nn.Module, _args: Args, output: object) -> None:
+        found = tensors(output)
+        if torch.is_grad_enabled():
+            for tensor in found:
+                _at_node(tensor, lambda: engine.before_backward(units))
+        engine.after_forward(units, found, recomputing=in_backward())
+
+    return [
+        block.register_forward_pre_hook(before, with_kwargs=True),
+        block.register_forward_hook(after),
+    ]
+
+
+def _gradient(engine: Engine, unit: Unit, name: str, param: nn.Parameter) -> list[Handle]:
+    def before(_grad: Tensor) -> None:
+        engine.before_gradient(name, param)
+
+    def after(_param: Tensor) -> None:
+        engine.after_gradient(unit, name)
+
+    return [param.register_hook(before), param.register_post_accumulate_grad_hook(after)]

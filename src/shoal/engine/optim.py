@@ -1,0 +1,135 @@
+"""Optimizers over pieces: which may be cut where, and how the user's own object comes to update them."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shoal.engine.unit import Unit
+from shoal.errors import OptimizerError
+from shoal.layout import ALIGN
+
+_ELEMENTWISE = frozenset(
+    ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop")
+)
+"""torch's own whose update of an element reads nothing of its neighbours."""
+
+
+def granule(optimizer: Optimizer, elementwise: bool | None) -> int:
+    """At which multiples of elements the optimizer's parameters may be cut; 0: nowhere.
+
+    Args:
+        optimizer: the user's.
+        elementwise: the user's own word; None: look torch's classes up and try others.
+
+    Raises:
+        OptimizerError: an optimizer that calls a closure several times a step.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            "LBFGS evaluates its closure several times a step, which leaves cannot follow",
+            remedy="an optimizer without closures, such as torch.optim.AdamW",
+        )
+    if elementwise is None:
+        torch_own = type(optimizer).__module__.startswith("torch.optim.")
+        elementwise = type(optimizer).__name__ in _ELEMENTWISE if torch_own else probe(optimizer)
+    return ALIGN if elementwise else 0
+
+
+def probe(optimizer: Optimizer) -> bool:
+    """Does it give the same bits when parameters are cut? Two steps on 192 elements, whole against cut at 64."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(192, generator=generator)
+    grads = [torch.randn(192, generator=generator) for _ in range(2)]
+
+    def train(cuts: Sequence[int], group: Mapping[str, object]) -> Tensor | None:
+        parts = [nn.Parameter(p.clone()) for p in torch.split(start, list(cuts))]
+        twin = copy.copy(optimizer)
+        twin.state = defaultdict(dict)
+        twin.param_groups = [{**group, "params": parts}]
+        try:
+            for grad in grads:
+                for part, g in zip(parts, torch.split(grad, list(cuts)), strict=True):
+                    part.grad = g.clone()
+                type(optimizer).step(twin)
+        except Exception:  # the user's own code: whatever it cannot do with a flat tensor, it needs whole parameters
+            return None
+        return torch.cat([p.detach() for p in parts])
+
+    for group in optimizer.param_groups:
+        whole, cut = train([192], group), train([64, 64, 64], group)
+        if whole is None or cut is None or not torch.equal(whole, cut):
+            return False
+    return True
+
+
+def check(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises `OptimizerError` when it updates something that the model does not have."""
+    known = set(model.parameters())
+    strange = [p for group in optimizer.param_groups for p in group["params"] if p not in known]
+    if strange:
+        raise OptimizerError(
+            f"the optimizer holds {len(strange)} parameters that the model does not have; the first has shape "
+            f"{tuple(strange[0].shape)}",
+            cause="it was made for another model, or before the model's parameters were replaced",
+            remedy="make the optimizer from model.parameters()",
+        )
+
+
+def group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    """Per group, the names of its parameters."""
+    names = {p: n for n, p in model.named_parameters()}
+    return [[names[p] for p in cast(list[nn.Parameter], group["params"])] for group in optimizer.param_groups]
+
+
+def point_to_pieces(optimizer: Optimizer, units: Iterable[Unit]) -> dict[nn.Parameter, str]:
+    """Let the optimizer's groups hold this rank's pieces; groups keep their order and settings.
+
+    State that is already there is cut with them. Returns each piece's parameter name.
+
+    Raises:
+        OptimizerError: state of another shape than its parameter's, for a parameter that is cut.
+    """
+    pieces: dict[nn.Parameter, tuple[str, nn.Parameter, int, int, bool]] = {}
+    names: dict[nn.Parameter, str] = {}
+    for unit in units:
+        for p in unit.layout.pieces(unit.shard.rank):
+            piece = unit.pieces[p.name]
+            pieces[unit.params[p.name]] = (p.name, piece, p.start, p.stop, p.complete)
+            names[piece] = p.name
+    old = dict(optimizer.state)
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        params = cast(list[nn.Parameter], group["params"])
+        group["params"] = [pieces[p][1] for p in params if p in pieces]
+        for param in params:
+            if param in pieces and param in old:
+                name, piece, start, stop, complete = pieces[param]
+                optimizer.state[piece] = {
+                    key: _cut(value, param, piece, name, key, start, stop, complete)
+                    for key, value in cast(dict[str, object], old[param]).items()
+                }
+    return names
+
+
+def _cut(
+    value: object, param: nn.Parameter, piece: nn.Parameter, name: str, key: str, start: int, stop: int, complete: bool
+) -> object:
+    if not isinstance(value, Tensor) or (value.dim() == 0 and value.shape != param.shape):
+        return value
+    if value.shape == param.shape:
+        part = value.detach().reshape(-1)[start:stop].clone()
+        return part.view(piece.shape)
+    if complete:
+        return value
+    raise OptimizerError(
+        f"state '{key}' of '{name}' has shape {tuple(value.shape)} and cannot be cut as its parameter of shape "
+        f"{tuple(param.shape)}",
+        remedy="prepare(..., elementwise=False), which keeps every parameter on one rank",
+    )

@@ -1,0 +1,155 @@
+"""In which order units are gathered and reduced in a leaf: recorded once, then followed by all ranks. No tensors.
+
+In the first leaf ranks agree on every gather one by one, and each notes what it did itself. The fullest record becomes
+the plan of all; units that it lacks get the place that their definition gives them. A later leaf may leave units out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple, cast
+
+
+class Act(Enum):
+    GATHER = "gather"
+    FREE = "free"
+    REDUCE = "reduce"
+
+
+class Entry(NamedTuple):
+    """One collective of a leaf. `keep`: so many times it is used again too soon for freeing it in between to pay."""
+
+    act: Act
+    unit: int
+    keep: int = 0
+
+
+Plan = tuple[Entry, ...]
+Event = tuple[Act, int]
+
+
+@dataclass(slots=True)
+class Record:
+    """What one rank did in a leaf: when it needed and freed units, and when it had all gradients of one (so far).
+
+    `times`: per unit, how often its gradients were complete.
+    """
+
+    events: list[Event] = field(default_factory=list[Event])
+    times: Counter[int] = field(default_factory=Counter[int])
+
+    def add(self, act: Act, unit: int) -> None:
+        self.events.append((act, unit))
+        self.times[unit] += act is Act.REDUCE
+
+    def forget_gradients(self) -> None:
+        self.events = [e for e in self.events if e[0] is not Act.REDUCE]
+        self.times.clear()
+
+    def to_json(self) -> bytes:
+        return json.dumps([(act.value, unit) for act, unit in self.events]).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Record:
+        record = cls()
+        for act, unit in cast(list[tuple[str, int]], json.loads(data)):
+            record.add(Act(act), unit)
+        return record
+
+
+def fullest(records: Sequence[Record]) -> Record:
+    """The record of the rank that had most gradients and used most; of the first of them."""
+    return max(records, key=lambda r: (len(+r.times), len(r.events)))
+
+
+def make_plan(record: Record, around: Mapping[int, Collection[int]], reduced: Collection[int]) -> Plan:
+    """The order of collectives for all later leaves.
+
+    Args:
+        record: what the plan repeats.
+        around: every unit in definition order, and the units of the blocks that it lies in.
+        reduced: units that have gradients.
+    """
+    last = {unit: i for i, (act, unit) in enumerate(record.events) if act is Act.REDUCE}
+    events = [e for i, e in enumerate(record.events) if e[0] is not Act.REDUCE or last[e[1]] == i]
+    _add_missing(events, around)
+    events += [(Act.REDUCE, unit) for unit in reversed(list(around)) if unit in reduced and unit not in last]
+    return tuple(_fold(events))
+
+
+def _add_missing(events: list[Event], around: Mapping[int, Collection[int]]) -> None:
+    """Let units that were not entered be used beside their neighbours, going in and coming back."""
+    for unit, outer in around.items():
+        there = {u for act, u in events if act is Act.GATHER}
+        if unit in there or not there:
+            continue
+        before = [u for u in there if u < unit and u not in outer]
+        after = [u for u in there if u > unit and u not in outer]
+        if before:
+            first, last = _places(events, max(before))
+            going = _used(events, first)
+            coming = last if last > first else going
+        elif after:
+            first, last = _places(events, min(after))
+            going, coming = first, _used(events, last)
+        else:
+            first, last = _places(events, max(there, key=lambda u: len(around[u])))
+            going, coming = first + 1, last + 1
+        use = [(Act.GATHER, unit), (Act.FREE, unit)]
+        events[coming:coming] = use
+        events[going:going] = use
+
+
+def _places(events: Sequence[Event], unit: int) -> tuple[int, int]:
+    """The first and the last time that it is gathered."""
+    found = [i for i, e in enumerate(events) if e == (Act.GATHER, unit)]
+    return found[0], found[-1]
+
+
+def _used(events: Sequence[Event], at: int) -> int:
+    """The place after the use that begins with the gather at `at`: after its free, if nothing is gathered before."""
+    for i in range(at + 1, len(events)):
+        if events[i][0] is Act.GATHER:
+            break
+        if events[i] == (Act.FREE, events[at][1]):
+            return i + 1
+    return at + 1
+
+
+def _fold(events: Sequence[Event]) -> Iterator[Entry]:
+    """Leave out gathers with at most one other between them and the unit's latest use."""
+    entries: list[Entry] = []
+    gathers = 0
+    freed: dict[int, int] = {}  # unit -> how many gathers came before it was freed
+    latest: dict[int, int] = {}  # unit -> where its latest gather stands
+    for act, unit in events:
+        if act is Act.REDUCE:
+            entries.append(Entry(act, unit))
+        elif act is Act.FREE:
+            freed[unit] = gathers
+        elif unit in latest and gathers - freed.get(unit, gathers) <= 1:
+            at = latest[unit]
+            entries[at] = entries[at]._replace(keep=entries[at].keep + 1)
+        else:
+            latest[unit] = len(entries)
+            entries.append(Entry(act, unit))
+            gathers += 1
+    yield from entries
+
+
+class Cursor:
+    """How far a rank has come in the plan of a leaf."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.at = plan, 0
+
+    @property
+    def next(self) -> Entry | None:
+        return self.plan[self.at] if self.at < len(self.plan) else None
+
+    def will_gather(self, unit: int) -> bool:
+        return any(e.act is Act.GATHER and e.unit == unit for e in self.plan[self.at :])

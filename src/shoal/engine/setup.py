@@ -1,0 +1,211 @@
+"""From a user's model and optimizer to an engine: checks, comparison with the other ranks, units, hooks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shoal.comm.group import Group
+from shoal.comm.meet import Meeting, Want
+from shoal.comm.mesh import Mesh
+from shoal.comm.meter import Meter
+from shoal.engine import optim
+from shoal.engine.binding import Binding
+from shoal.engine.engine import Engine
+from shoal.engine.guards import Uncopied, guard_model, guard_optimizer
+from shoal.engine.hooks import install
+from shoal.engine.unit import Part, Unit
+from shoal.engine.units import choose, parts
+from shoal.errors import DivergedError, ModelError
+from shoal.leaves import assign
+from shoal.rules import Rules, every_leaf
+from shoal.strategy import Shard, Strategy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """How to prepare. `strategy` is settled; `facts` must be equal on all ranks."""
+
+    strategy: Strategy
+    rules: Rules
+    mesh: Mesh
+    meeting: Meeting
+    overlap: bool
+    units: Sequence[str] | None
+    elementwise: bool | None
+    facts: Mapping[str, object]
+    say: Callable[[str], None]
+    acted: Callable[[], None]
+
+
+def build(model: nn.Module, optimizer: Optimizer, w: Wanted) -> Binding:
+    """Change the user's model and optimizer in place. Collective.
+
+    Raises:
+        ModelError, OptimizerError: what cannot be trained as it is.
+        DivergedError: ranks prepare different things.
+    """
+    if not isinstance(w.mesh.world.carrier, Meter):
+        check_model(model, w.mesh.world.size)
+    optim.check(optimizer, model)
+    granule = optim.granule(optimizer, w.elementwise)
+    held = {p for group in optimizer.param_groups for p in cast(list[nn.Parameter], group["params"])}
+    granules = {p: granule if p in held else 64 for p in model.parameters()}
+    blocks = choose(model, w.units)
+    cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules)
+    compare(describe(model, optimizer, cut, w), w.meeting)
+    same_start(model, w.mesh.world, w.say)
+    group_names = optim.group_names(optimizer, model)
+    resident = w.strategy.shard < Shard.PARAMETERS
+    units = [Unit(i, part, w.mesh.shard, resident=resident) for i, part in enumerate(cut)]
+    names = optim.point_to_pieces(optimizer, units)
+    s = w.strategy
+    assert s.leaves is not None
+    assignment = leaves_of(s, w.mesh, w.rules)
+    engine = Engine(model, units, w.mesh, w.meeting, w.rules, assignment, s.leaves, overlap=w.overlap)
+    handles = install(engine, torch.bfloat16 if s.precision == "bfloat16" else torch.float32)
+    binding = Binding(engine, optimizer, names, s, w.acted)
+    binding.group_names = group_names
+    handles += guard_optimizer(optimizer) if w.mesh.shard.size > 1 else []
+    handles += guard_model(engine)
+    binding.handles += [*handles, Uncopied(engine, handles)]
+    return binding
+
+
+def leaves_of(s: Strategy, mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], ...]:
+    """Who computes which leaf."""
+    assert s.leaves is not None
+    return assign(s.leaves, mesh.copies.size, mesh.shard.size, every_leaf=every_leaf(rules))
+
+
+def check_model(model: nn.Module, world: int) -> None:
+    """Raises `ModelError` for what shoal cannot spread over ranks."""
+    one_device({n: str(p.device) for n, p in model.named_parameters()}, world)
+    modules = dict(cast(Iterable[tuple[str, nn.Module]], model.named_modules()))
+    for name, module in modules.items():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ModelError(
+                f"'{name}' is a SyncBatchNorm, which mixes samples of several ranks",
+                cause="a leaf is the batch: its statistics may not depend on how many ranks there are",
+                remedy="torch.nn.BatchNorm2d (or GroupNorm)",
+            )
+    if not any(True for _ in model.parameters()):
+        raise ModelError("the model has no parameters", remedy="prepare the module that holds them")
+    sparse = [n for n, m in modules.items() if getattr(m, "sparse", False) is True]
+    if sparse:
+        raise ModelError(f"'{sparse[0]}' makes sparse gradients", remedy="sparse=False")
+
+
+def one_device(devices: Mapping[str, str], world: int) -> None:
+    """A pure check over device names.
+
+    Args:
+        devices: of every parameter, by its name.
+        world: number of ranks.
+    """
+    kinds: dict[str, str] = {}
+    for name, device in devices.items():
+        kinds.setdefault(device, name)
+    if len(kinds) > 1:
+        first = ", ".join(f"'{n}' on {d}" for d, n in list(kinds.items())[:3])
+        raise ModelError(
+            f"the model lies on {len(kinds)} devices: {first}",
+            cause="a model that is cut over devices by hand is a pipeline of one process",
+            remedy="model.to(job.device); if it is too large for one: zero3, or torch.distributed.pipelining",
+        )
+    device = next(iter(kinds), "cpu")
+    if device.startswith("meta"):
+        raise ModelError("the model's parameters are on the meta device", remedy="give them values before prepare")
+    if world > 1 and not device.startswith("cpu"):
+        raise ModelError(
+            f"the model is on {device}, and ranks exchange through host memory only",
+            remedy="model.to('cpu'), or a world of one",
+        )
+
+
+def describe(model: nn.Module, optimizer: Optimizer, cut: Sequence[Part], w: Wanted) -> dict[str, str]:
+    """What must be equal on all ranks before anything travels, by a name to show."""
+    found = {f"setting {k}": str(v) for k, v in w.facts.items()}
+    found |= {f"strategy {k}": str(v) for k, v in asdict(w.strategy).items()}
+    for name, p in model.named_parameters():
+        trained = "" if p.requires_grad else ", frozen"
+        found[f"parameter '{name}'"] = f"{tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{trained}"
+    for name, b in model.named_buffers():
+        found[f"buffer '{name}'"] = f"{tuple(b.shape)} {str(b.dtype).removeprefix('torch.')}"
+    for part in cut:
+        unit = f"unit '{part.name}' {part.dtypes.compute} {part.trainable}"
+        found[unit] = f"{list(part.params)} {part.layout.bounds}"
+    found["optimizer"] = type(optimizer).__name__
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key != "params" and isinstance(value, (int, float, str, bool, tuple, type(None))):
+                found[f"optimizer group {i} {key}"] = str(value)  # pyright: ignore[reportUnknownArgumentType]
+    return found
+
+
+def compare(mine: Mapping[str, str], meeting: Meeting) -> None:
+    """Raises `DivergedError` naming the first thing in which ranks differ. Collective."""
+    text = json.dumps(mine).encode()
+    digests = meeting.meet(Want.PREPARE, 0, hashlib.sha256(text).digest())
+    if len(set(digests)) == 1:
+        return
+    told = [cast(dict[str, str], json.loads(b)) for b in meeting.world.share_any("describe", text)]
+    for rank, other in enumerate(told):
+        for key in [*told[0], *other]:
+            a, b = told[0].get(key, "nothing"), other.get(key, "nothing")
+            if a != b:
+                raise DivergedError(
+                    f"ranks prepare different things: {key} is {a} on rank 0 and {b} on rank {rank}",
+                    cause="the ranks run different programs, settings or versions",
+                    remedy="start the same program with the same settings on all ranks",
+                )
+
+
+def same_start(model: nn.Module, world: Group, say: Callable[[str], None]) -> None:
+    """Everybody starts from rank 0's values. Collective."""
+    if world.size == 1 or isinstance(world.carrier, Meter):
+        return
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    mine = hashlib.sha256()
+    for _, tensor in tensors:
+        mine.update(_bytes(tensor).numpy().tobytes())
+    digests = world.share("start", mine.digest())
+    if len(set(digests)) == 1:
+        return
+    others = [str(r) for r, d in enumerate(digests) if d != digests[0]]
+    say(f"initial values of rank {', '.join(others)} differ from rank 0's: taking rank 0's (make the model after init)")
+    with torch.no_grad():
+        for _, tensor in tensors:
+            raw = _bytes(tensor)
+            world.gather("start", raw, [0] + [raw.numel()] * world.size).wait()
+            tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone().reshape(-1).view(torch.uint8)
+
+
+def plan_line(binding: Binding, world: int) -> str:
+    """One line of what was made of the user's words, with the dtype of every state."""
+    units, s = binding.engine.units, binding.strategy
+    total = sum(u.layout.used for u in units)
+    trained = sum(u.layout.used for u in units if u.trainable)
+
+    def kinds(pick: Callable[[Unit], torch.dtype]) -> str:
+        return "/".join(sorted({str(pick(u)).removeprefix("torch.") for u in units}))
+
+    per_copy = s.ranks_per_copy if isinstance(s.ranks_per_copy, int) else 1
+    return (
+        f"{s.name}, {world} ranks as {world // per_copy} copies x {per_copy}, {s.leaves} leaves a step; "
+        f"{len(units)} units, {total:,} parameters ({trained:,} trained); "
+        f"parameters {kinds(lambda u: u.dtypes.compute)}, "
+        f"masters and optimizer state {kinds(lambda u: u.dtypes.master)}, "
+        f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}"
+    )

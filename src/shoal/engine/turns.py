@@ -1,0 +1,83 @@
+"""The leaves of one step: who computes which, in which turn, and which partial sums that leaves where. No tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from shoal.engine.sums import Known, known
+from shoal.leaves import Assignment, Node, Weighed
+
+
+class Turns:
+    """One step. In turn t every rank computes its t-th leaf, or serves the others if it has fewer.
+
+    Args:
+        leaves: L of the job; a step with less data has only the first `present` of them, the others weigh nothing.
+        assignment: the leaves of every rank.
+        ranks_per_copy: to find the ranks of a copy.
+        every_leaf: are gradients reduced after every leaf?
+    """
+
+    def __init__(
+        self, leaves: int, present: int, assignment: Assignment, ranks_per_copy: int, *, every_leaf: bool
+    ) -> None:
+        self.leaves, self.present, self.assignment = leaves, present, assignment
+        self.ranks_per_copy, self.every_leaf = ranks_per_copy, every_leaf
+        self.weights = {leaf: math.nan if leaf < present else 0.0 for leaf in range(leaves)}
+        self.count = max(1, *(len(self.of(r)) for r in range(len(assignment))))
+
+    def of(self, rank: int) -> tuple[int, ...]:
+        """The leaves of a rank that have data."""
+        return tuple(leaf for leaf in self.assignment[rank] if leaf < self.present)
+
+    def leaf(self, rank: int, turn: int) -> int | None:
+        mine = self.of(rank)
+        return mine[turn] if turn < len(mine) else None
+
+    def reduces(self, turn: int) -> bool:
+        """Do gradients travel inside a copy at the end of this turn?"""
+        return self.every_leaf or turn == self.count - 1
+
+    def learn(self, weights: Mapping[int, float]) -> None:
+        self.weights.update(weights)
+
+    def assume_full(self) -> None:
+        """Leaves of unknown weight are full ones."""
+        self.weights = {leaf: 1.0 if math.isnan(w) else w for leaf, w in self.weights.items()}
+
+    @property
+    def total(self) -> float:
+        """The sum of all weights, taken in the order of the leaves."""
+        return math.fsum(self.weights.values())
+
+    def _weighed(self, leaf: int) -> Weighed[bool]:
+        weight = self.weights[leaf]
+        assert not math.isnan(weight), f"leaf {leaf} has no weight yet"
+        return Weighed(True, weight) if weight else Weighed(None)
+
+    def absent(self, rank: int) -> tuple[int, ...]:
+        return tuple(leaf for leaf in self.assignment[rank] if leaf >= self.present)
+
+    def enters(self, rank: int, turn: int) -> tuple[int, ...]:
+        """The leaves whose gradients a rank takes into its own sums in this turn; absent ones in the last."""
+        leaf = self.leaf(rank, turn)
+        present = () if leaf is None else (leaf,)
+        return present + (self.absent(rank) if turn == self.count - 1 else ())
+
+    def given(self, rank: int, turn: int) -> Known:
+        """The partial sums that a rank hands in at the end of a turn in which gradients travel."""
+        turns = [turn] if self.every_leaf else range(self.count)
+        return self._known([leaf for t in turns for leaf in self.enters(rank, t)])
+
+    def copy_holds(self, copy: int) -> Known:
+        """The partial sums of one copy when the step is over."""
+        ranks = range(copy * self.ranks_per_copy, (copy + 1) * self.ranks_per_copy)
+        return self._known([leaf for r in ranks for leaf in self.assignment[r]])
+
+    def rank_holds(self, rank: int) -> Known:
+        """The partial sums of one rank's own leaves."""
+        return self._known(self.assignment[rank])
+
+    def _known(self, leaves: Sequence[int]) -> Known:
+        return known(self.leaves, [(Node(0, leaf), self._weighed(leaf)) for leaf in leaves])

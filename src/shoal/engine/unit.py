@@ -1,0 +1,190 @@
+"""A unit and where its numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.group import Group, Pending
+from shoal.engine.away import hole, untouched
+from shoal.engine.precision import Dtypes
+from shoal.errors import AwayError
+from shoal.layout import Interval, Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What a unit is made of, before it has any storage."""
+
+    name: str
+    module: nn.Module
+    params: Mapping[str, nn.Parameter]
+    dtypes: Dtypes
+    trainable: bool
+    layout: Layout
+
+
+class Unit:
+    """Parameters that travel together: one flat buffer to compute with, one shard to update.
+
+    Note: who owns the gathered buffer. `whole` is one tensor for the unit's whole life; freeing resizes its storage to
+    nothing and gathering resizes it back, so that views that autograd saved stay valid. The user's parameters point
+    into it while it is there, and to one NaN expanded to their shape while it is not.
+    """
+
+    def __init__(self, index: int, part: Part, shard: Group, *, resident: bool) -> None:
+        """`resident`: the whole stays on every rank between steps."""
+        self.index, self.name, self.module, self.layout = index, part.name, part.module, part.layout
+        self.params, self.dtypes, self.trainable = part.params, part.dtypes, part.trainable
+        same = part.dtypes.compute == part.dtypes.master
+        self.shard, self.resident = shard, resident or (shard.size == 1 and same)
+        self.mine = self.layout.shard(shard.rank)
+        self.device = next(iter(self.params.values())).device
+        masters = self._flatten()
+        self.whole = masters if same else masters.to(self.dtypes.compute)
+        keeps = masters[self.mine]
+        self.master = keeps if same and self.resident else keeps.clone()
+        self.views = self._views_of(self.whole)
+        self.lent = self.whole
+        self.pieces = {p.name: self._piece(p) for p in self.layout.pieces(shard.rank)}
+        self.holes = hole(self.dtypes.compute, len(self.params), self.device)
+        self.here = True
+        self.coming: Pending | None = None
+        self._show(self.views)
+        if not self.resident:
+            self.free()
+
+    def __repr__(self) -> str:
+        return f"unit {self.index} '{self.name}'"
+
+    @property
+    def numel(self) -> int:
+        return self.layout.numel
+
+    def _flatten(self) -> Tensor:
+        flat = torch.zeros(self.layout.numel, dtype=self.dtypes.master, device=self.device)
+        with torch.no_grad():
+            for s in self.layout.spans:
+                flat[s.start : s.stop].copy_(self.params[s.name].detach().reshape(-1))
+        return flat
+
+    def _views_of(self, flat: Tensor) -> dict[str, Tensor]:
+        return {s.name: flat[s.start : s.stop].view(s.shape) for s in self.layout.spans}
+
+    def _piece(self, p: Interval) -> nn.Parameter:
+        data = self.master[p.at : p.at + p.numel]
+        return nn.Parameter(data.view(p.shape) if p.complete else data, requires_grad=self.trainable)
+
+    def _show(self, values: Mapping[str, Tensor]) -> None:
+        for name, param in self.params.items():
+            param.data = values[name]
+        self.shown = {n: p.data_ptr() for n, p in self.params.items()}
+
+    def check_shown(self) -> None:
+        """Raises `AwayError` when somebody has put other tensors in place of what is shown: they would not count."""
+        replaced = [n for n, p in self.params.items() if p.data_ptr() != self.shown[n]]
+        if replaced:
+            raise AwayError(
+                f"the values of {', '.join(map(repr, replaced))} were replaced by another tensor after prepare",
+                cause="p.data = ..., model.to(), .half() or .double()",
+                remedy="dtypes and devices before job.prepare, values inside `with job.whole(model, write=True)`",
+            )
+
+    def gather(self) -> None:
+        """Start to bring the whole together. `wait` makes it usable."""
+        if self.coming is not None:
+            self.wait()
+        storage = self.whole.untyped_storage()
+        if storage.nbytes() == 0:
+            storage.resize_(self.whole.numel() * self.whole.element_size())
+        mine = self.whole[self.mine]
+        if mine.data_ptr() != self.master.data_ptr() or mine.is_meta:
+            with torch.no_grad():
+                mine.copy_(self.master)
+        self.coming = self.shard.gather("gather", self.whole.detach(), self.layout.bounds)
+
+    def wait(self) -> None:
+        """Finish a gather: the user's parameters have their values."""
+        if self.coming is not None:
+            pending, self.coming = self.coming, None
+            pending.wait()
+            if not self.here:
+                self._check_holes()
+                self.here = True
+                self._show(self.views)
+
+    def free(self) -> None:
+        """Drop the whole where it does not rest."""
+        if self.resident:
+            return
+        if self.coming is not None:
+            self.wait()
+        self.here = False
+        self._show({n: h.expand(self.params[n].shape) for n, h in zip(self.params, self.holes.unbind(), strict=True)})
+        self.whole.untyped_storage().resize_(0)
+
+    def lend(self) -> None:
+        """Show the whole to the user, in memory that stays valid for whoever keeps a reference to it. Collective."""
+        if not self.resident:
+            flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=self.device)
+            with torch.no_grad():
+                flat[self.mine].copy_(self.master)
+            self.shard.gather("gather", flat, self.layout.bounds).wait()
+            self._check_holes()
+            self._show(self._views_of(flat))
+            self.lent = flat
+
+    def take_back(self) -> None:
+        """The user has had the whole for long enough."""
+        self.lent = self.whole
+        if self.resident:
+            self._show(self.views)
+        else:
+            self.free()
+
+    def _check_holes(self) -> None:
+        """Find writes that raised nothing: they changed the value that stands for "not here"."""
+        self.check_shown()
+        if self.holes.is_meta or self.dtypes.compute == torch.bool:
+            return
+        kept = untouched(self.holes)
+        if not bool(kept.all()):
+            names = [n for n, ok in zip(self.params, kept.unbind(), strict=True) if not bool(ok)]
+            raise AwayError(
+                f"something wrote to {', '.join(map(repr, names))} while it was not on this rank",
+                cause="in-place writes such as p.data.fill_() or a weight initialisation after prepare",
+                remedy="with job.whole(model, write=True): ...",
+            )
+
+    def keep_written(self) -> None:
+        """Take over what the user wrote into what was lent, or put in its place."""
+        with torch.no_grad():
+            for name, view in self._views_of(self.lent).items():
+                if self.params[name].data_ptr() != self.shown[name]:
+                    view.copy_(self.params[name])
+            written = self.lent[self.mine]
+            changed = written != self.master.to(written.dtype)  # the rest keeps bits that a narrower dtype has not
+            self.master.copy_(torch.where(changed, written.to(self.master.dtype), self.master))
+
+    def masters(self) -> Tensor:
+        """All masters of the unit in one flat tensor. Collective."""
+        flat = torch.zeros(self.numel, dtype=self.dtypes.master, device=self.device)
+        flat[self.mine].copy_(self.master)
+        self.shard.gather("state", flat, self.layout.bounds).wait()
+        return flat
+
+    def after_load(self) -> None:
+        """The masters have new values."""
+        if self.resident:
+            self.gather()
+            self.wait()
+
+    def held(self) -> Sequence[tuple[str, int]]:
+        """What is in memory now, in bytes."""
+        whole = self.whole.untyped_storage().nbytes() + (0 if self.lent is self.whole else self.lent.nbytes)
+        masters = self.master.untyped_storage()
+        shared = not self.whole.is_meta and masters.data_ptr() == self.whole.untyped_storage().data_ptr()
+        return [("parameters", whole), ("masters", 0 if shared else masters.nbytes())]

@@ -1,0 +1,500 @@
+"""The public object: one training job on this rank."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar, cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from shoal import export, resume
+from shoal.comm.group import Carrier
+from shoal.comm.meet import Meeting, Want
+from shoal.comm.mesh import Mesh
+from shoal.comm.meter import Meter
+from shoal.data.feed import LeafFeed
+from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
+from shoal.engine import setup
+from shoal.engine.binding import Binding
+from shoal.errors import OrderError
+from shoal.launch.rundir import RunDir, open_run_dir
+from shoal.logs import say
+from shoal.random import seed as set_seed
+from shoal.rules import rules
+from shoal.settings import Resolved
+from shoal.start import Seat, find_carrier, settle_settings, strategy_of
+from shoal.strategy import Strategy
+
+M = TypeVar("M", bound=nn.Module)
+O = TypeVar("O", bound=Optimizer)  # noqa: E741
+S = TypeVar("S", bound=LRScheduler)
+T = TypeVar("T")
+
+
+def init(
+    strategy: str | Strategy | None = None,
+    *,
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    leaves: int | None = None,
+    ranks_per_copy: int | str | None = None,
+    precision: str | None = None,
+    cut: str | None = None,
+    timeout: float | None = None,
+    overlap: bool | None = None,
+    run_dir: str | None = None,
+) -> Job:
+    """Start or join a job. Finds its place from torchrun's or `shoal run`'s environment, or is a world of one.
+
+    What is None comes from flags, `SHOAL_*` variables or `shoal.toml`, and these win over what is given here.
+
+    Args:
+        strategy: a name (ddp, zero1, zero2, zero3, hybrid) or a `Strategy`; default "ddp".
+        device: where the model will be; default the accelerator in a world of one, else the CPU.
+        seed: of the job: initial weights, order of data, random numbers of every leaf; default 0.
+        threads: of torch on this rank; default 1. They are part of the numbers.
+        leaves: micro-batches of a step, whoever computes them; default the world at first start.
+        ranks_per_copy, precision, cut: see `Strategy`.
+        timeout: seconds without a change anywhere after which a wait ends; default 60.
+        overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
+        run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
+
+    Raises:
+        StrategyError: an unknown or impossible strategy.
+        SettingError: an unknown setting or value.
+        EnvironmentFault: the other ranks do not come.
+    """
+    given: dict[str, object] = {
+        "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
+        "ranks_per_copy": ranks_per_copy, "precision": precision, "cut": cut, "timeout": timeout, "overlap": overlap,
+        "run_dir": run_dir,
+    }  # fmt: skip
+    resolved = settle_settings(strategy, given)
+    base = strategy_of(resolved, strategy)
+    carrier, place = find_carrier(resolved.settings.timeout)
+    try:
+        return Job(base.settled(carrier.size, place.local_world), carrier, resolved, place)
+    except BaseException as error:
+        carrier.fail(f"{type(error).__name__}: {error}")
+        carrier.close()
+        raise
+
+
+class Job:
+    """One training job, seen from one rank. Made by `shoal.init`; a context manager that closes itself."""
+
+    device: torch.device
+    """Where this rank's model and batches belong."""
+
+    def __init__(self, strategy: Strategy, carrier: Carrier, resolved: Resolved, place: Seat) -> None:
+        s = resolved.settings
+        self.resolved = resolved
+        self._carrier = carrier
+        self._mesh = Mesh.of(carrier, strategy.ranks_per_copy if isinstance(strategy.ranks_per_copy, int) else 1)
+        self._meeting = Meeting(self._mesh.world)
+        self._meeting.make_room(32)
+        self._binding: Binding | None = None
+        self._wanted: setup.Wanted | None = None
+        self._loaders: list[Loader[object]] = []
+        self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
+        self._closed = False
+        self.device = torch.device(s.device or _default_device(carrier))
+        self.threads = s.threads
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(s.threads)
+        self.run_dir: RunDir | None = open_run_dir(resolved) if carrier.rank == 0 and place.own_process else None
+        self._restore_hook = _tell_of_failure(carrier) if place.own_process else lambda: None
+        if place.own_process:
+            atexit.register(self.close)
+        set_seed(self.seed, 0)
+        self.event("init", world=carrier.size, strategy=strategy.name)
+
+    # ---------------------------------------------------------------- place
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+        return self._mesh.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers."""
+        return self._mesh.world.size
+
+    @property
+    def leaves(self) -> int:
+        """Leaves of one step."""
+        return self._feed.leaves
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy with nothing left open."""
+        return self._feed.strategy
+
+    @property
+    def seed(self) -> int:
+        """The job's seed."""
+        return self._feed.seed
+
+    @property
+    def step(self) -> int:
+        """Steps that have acted, those before a resumed checkpoint included."""
+        return self._feed.step
+
+    @property
+    def stepped(self) -> bool:
+        """Did the latest `optimizer.step()` act? It acts on a step's last leaf."""
+        return self._bound.stepped
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank has sent so far, by verb: gather, reduce, agree, meet, ..."""
+        return dict(self._carrier.sent)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank that are in use now: parameters, masters, gradients, optimizer state."""
+        return self._bound.held()
+
+    # ---------------------------------------------------------------- model and data
+
+    @overload
+    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
+    @overload
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
+    @overload
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
+    @overload
+    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer, /, *others: DataLoader[object] | LRScheduler,
+        units: Sequence[str] | None = None, elementwise: bool | None = None,
+    ) -> tuple[object, ...]:  # fmt: skip
+        """Spread a model and its optimizer over the ranks, and count out the batches of loaders. Collective.
+
+        Model and optimizer are the user's own objects, changed in place; loaders are new. Everybody starts from
+        rank 0's values.
+
+        Args:
+            model, optimizer: on `job.device`; the optimizer over parameters of this model.
+            others: DataLoaders and learning-rate schedulers, in any order.
+            units: names of modules whose parameters travel together; None: blocks of every ModuleList or Sequential.
+            elementwise: may the optimizer's parameters be cut anywhere? None: known for torch's, tried for others.
+
+        Returns:
+            The same objects in the same order, each loader replaced.
+
+        Raises:
+            ModelError, OptimizerError, BatchError: what cannot be trained as it is.
+            DivergedError: ranks prepare different things.
+        """
+        if self._binding is not None:
+            raise OrderError("job.prepare was called twice", remedy="one job trains one model")
+        facts = {
+            "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
+            "seed": self.seed, "overlap": self.resolved.settings.overlap,
+        }  # fmt: skip
+        wanted = setup.Wanted(
+            strategy=self.strategy, rules=rules(self.strategy), mesh=self._mesh, meeting=self._meeting,
+            overlap=self.resolved.settings.overlap, units=units, elementwise=elementwise, facts=facts,
+            say=self._say, acted=self._feed.between_steps,
+        )  # fmt: skip
+        self._wanted = wanted
+        self._binding = setup.build(model, optimizer, wanted)
+        self._feed.bind(self._binding.engine)
+        results: list[object] = [model, optimizer]
+        for other in others:
+            if isinstance(other, LRScheduler):
+                self._binding.add_scheduler(other)
+                results.append(other)
+            else:
+                results.append(self._wrap(other))
+        self._say(setup.plan_line(self._binding, self.world_size))
+        set_seed(self.seed, 0)
+        return tuple(results)
+
+    def loader(
+        self, dataset: Dataset[T], *, global_batch: int, shuffle: bool = True, drop_last: bool = False,
+        workers: int = 0, collate_fn: Callable[[list[T]], object] | None = None,
+    ) -> Loader[T]:  # fmt: skip
+        """A loader that hands out the same leaves whatever the world size.
+
+        Args:
+            dataset: map-style.
+            global_batch: samples of one step; a multiple of the leaves.
+            shuffle: a new order every epoch, from the job's seed.
+            drop_last: leave out a last step that is not full.
+            workers: processes that prepare batches; they change no numbers.
+            collate_fn: makes a batch of samples; None: torch's.
+
+        Raises:
+            BatchError: the leaves do not divide the global batch.
+        """
+        check_batch(global_batch, self.leaves)
+        steps = steps_of_dataset(
+            cast(Dataset[object], dataset), self.seed, global_batch, shuffle=shuffle, drop_last=drop_last
+        )
+        source = DataLoader(dataset, num_workers=workers, collate_fn=collate_fn)
+        loader = Loader(self._feed, source, steps)
+        self._loaders.append(cast(Loader[object], loader))
+        return loader
+
+    def _wrap(self, source: DataLoader[object]) -> Loader[object]:
+        loader = Loader(self._feed, source, steps_of_loader(source, self.seed, self._say))
+        self._loaders.append(loader)
+        return loader
+
+    # ---------------------------------------------------------------- in the loop
+
+    def weight(self, samples: float, *, full: float) -> None:
+        """Say how much this leaf weighs; call it before `backward`. Loaders do it by the number of samples.
+
+        Args:
+            samples: of this leaf (or tokens, or whatever the loss is a mean of).
+            full: of a full leaf, which weighs exactly 1.
+        """
+        if full <= 0 or samples < 0:
+            raise OrderError(f"job.weight({samples:g}, full={full:g})", remedy="samples >= 0 and full > 0")
+        _ = self._bound
+        self._feed.weigh(samples / full)
+
+    def clip_grad_norm(self, max_norm: float) -> float | None:
+        """Scale the step's gradients so that their global 2-norm is at most `max_norm`.
+
+        Returns:
+            The norm before clipping, with the same bits on all ranks and under all strategies; None on a leaf that is
+            not the step's last, where nothing happens.
+        """
+        return self._bound.clip_grad_norm(max_norm)
+
+    def mean(self, value: float | Tensor) -> float | None:
+        """Average a number over the leaves of this step, by their weights. Call it after `optimizer.step()`.
+
+        Args:
+            value: of this leaf; a leaf that was handed out again only to keep ranks together is ignored.
+
+        Returns:
+            The mean on the step's last leaf of this rank, None on the others.
+        """
+        return self._feed.mean(value)
+
+    def whole(self, model: nn.Module, *, write: bool = False) -> AbstractContextManager[None]:
+        """Inside, every rank holds all parameters and may run alone (evaluation, generation). Collective.
+
+        Args:
+            model: the prepared one.
+            write: cut changes back into shards afterwards; all ranks must make the same ones.
+        """
+        self._check_model(model)
+        return self._bound.whole(write=write)
+
+    def state_dict(self, what: nn.Module | Optimizer) -> dict[str, object]:
+        """The whole state dict of the prepared model or optimizer. Collective.
+
+        Returns:
+            On rank 0 what torch's `state_dict()` would give in one process, on the CPU; elsewhere nothing.
+        """
+        binding = self._bound
+        self._between_steps("job.state_dict")
+        self._meeting.meet(Want.STATE, 0)
+        self._carrier.hold("job.state_dict")
+        try:
+            if what is binding.optimizer:
+                return export.optimizer_state(binding)
+            self._check_model(cast(nn.Module, what))
+            return cast(dict[str, object], export.model_state(binding))
+        finally:
+            self._carrier.hold("")
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save(self, path: str | Path) -> Path:
+        """Write `path/step-N`: all state, whatever the strategy; it loads under any other. Collective.
+
+        Args:
+            path: a directory that all ranks see.
+
+        Returns:
+            The directory of this checkpoint.
+
+        Raises:
+            SaveError: it could not be written (or is there already); older ones are intact.
+        """
+        binding = self._bound
+        self._between_steps("job.save")
+        self._meeting.meet(Want.SAVE, self.step)
+        self._carrier.hold("job.save")
+        try:
+            target = resume.save(binding, Path(path), self._facts(), self._share)
+        finally:
+            self._carrier.hold("")
+        self.event("save", step=self.step, path=str(target))
+        return target
+
+    def load(self, path: str | Path) -> int:
+        """Go on from a checkpoint, saved under any strategy and world size, with the same bits. Collective.
+
+        Call it after `prepare` and before the first step. The checkpoint's leaves and threads win over defaults.
+
+        Args:
+            path: `.../step-N`, or the directory that holds several: the newest is taken.
+
+        Returns:
+            The number of steps done.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it does not fit.
+        """
+        binding = self._bound
+        if binding.engine.turns_done:
+            raise OrderError("job.load after training has begun", remedy="load right after prepare")
+        self._meeting.meet(Want.LOAD, 0)
+        self._carrier.hold("job.load")
+        try:
+            found = resume.load(binding, Path(path), self._facts(), self.resolved, self._share, self._rebuild)
+        finally:
+            self._carrier.hold("")
+        self._feed.strategy, before = self._bound.strategy, self.leaves
+        if found.leaves != before:
+            self._say(f"going on with the checkpoint's {found.leaves} leaves a step")
+        self._feed.seed, self.threads = found.seed, found.threads
+        torch.set_num_threads(found.threads)
+        for loader, at in zip(self._loaders, found.positions, strict=False):
+            loader.go_to(at["epoch"], at["step"])
+        self._feed.between_steps()
+        self.event("load", step=self.step, path=str(found.path))
+        return self.step
+
+    def _rebuild(self, precision: str) -> Binding:
+        """Prepare again for the precision of a checkpoint."""
+        old, wanted = self._bound, self._wanted
+        assert wanted is not None
+        old.undo()
+        self._say(f"going on with the checkpoint's precision {precision}")
+        self._wanted = replace(wanted, strategy=replace(wanted.strategy, precision=precision))
+        self._binding = setup.build(old.model, old.optimizer, self._wanted)
+        self._feed.bind(self._binding.engine)
+        for scheduler in old.schedulers:
+            self._binding.add_scheduler(scheduler)
+        return self._binding
+
+    def _facts(self) -> resume.Facts:
+        return resume.Facts(
+            leaves=self.leaves, seed=self.seed, threads=self.threads, precision=self.strategy.precision, path=Path(),
+            positions=[x.position() for x in self._loaders],
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- the end
+
+    def close(self) -> None:
+        """Leave the job together. Called by the context manager and at the interpreter's end."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._restore_hook()
+        try:
+            if not self._carrier.failed:
+                self._meeting.meet(Want.CLOSE)
+                self.event("close", step=self.step)
+        except BaseException as error:
+            self._carrier.fail(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._carrier.close()
+        if self._binding is not None:
+            self._binding.release()
+        torch.set_num_threads(self._threads_before)
+        if self.run_dir is not None:
+            self.run_dir.close()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.close()
+        elif not self._closed:
+            self._closed = True
+            atexit.unregister(self.close)
+            self._carrier.fail(f"{type(error).__name__}: {error}")
+            self._restore_hook()
+            self._end()
+
+    # ---------------------------------------------------------------- helpers
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Append a line to the run directory's events.jsonl (rank 0)."""
+        if self.run_dir is not None:
+            self.run_dir.event(kind, **fields)
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            say(text)
+
+    def _share(self, data: bytes) -> list[bytes]:
+        return self._mesh.world.share_any("file", data)
+
+    @property
+    def _bound(self) -> Binding:
+        if self._binding is None:
+            raise OrderError("the job has no model yet", remedy="model, optimizer = job.prepare(model, optimizer)")
+        return self._binding
+
+    def _check_model(self, model: nn.Module) -> None:
+        if model is not self._bound.model:
+            raise OrderError(
+                f"this {type(model).__name__} was not prepared by this job", remedy="pass the prepared model"
+            )
+
+    def _between_steps(self, what: str) -> None:
+        engine = self._bound.engine
+        if engine.leaf is not None or engine.turn or engine.settled:
+            raise OrderError(f"{what} in the middle of a step", remedy="call it when job.stepped is True")
+
+
+def _version() -> str:
+    from shoal import __version__
+
+    return __version__
+
+
+def _default_device(carrier: Carrier) -> str:
+    if isinstance(carrier, Meter) and carrier.size > 1:
+        return "meta"
+    if carrier.size > 1:
+        return "cpu"
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return str(found) if found is not None else "cpu"
+
+
+def _tell_of_failure(carrier: Carrier) -> Callable[[], None]:
+    """Let the other ranks know why this one dies of an exception. Returns what puts the old hook back."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        carrier.fail(f"{kind.__name__}: {error}")
+
+    sys.excepthook = hook
+
+    def restore() -> None:
+        if sys.excepthook is hook:
+            sys.excepthook = before
+
+    return restore

@@ -1,0 +1,1 @@
+"""Finding one's place among the ranks, and `shoal run`. Nothing here imports torch."""

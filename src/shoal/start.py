@@ -1,0 +1,73 @@
+"""How a job finds its settings, its strategy and its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shoal.comm.group import Carrier, current
+from shoal.comm.meter import Alone
+from shoal.comm.pairwise import Address, Gloo
+from shoal.launch.place import find_place
+from shoal.logs import warn
+from shoal.settings import Resolved, resolve
+from shoal.strategy import Cut, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """How many ranks share this host, and whether this rank is a process of its own (or a thread)."""
+
+    local_world: int
+    own_process: bool
+
+
+def settle_settings(strategy: str | Strategy | None, given: Mapping[str, object]) -> Resolved:
+    """Flags over environment over shoal.toml over code."""
+    code = {k: v for k, v in given.items() if v is not None}
+    if isinstance(strategy, Strategy):
+        own = {
+            "strategy": strategy.name, "leaves": strategy.leaves, "ranks_per_copy": strategy.ranks_per_copy,
+            "precision": strategy.precision if strategy.precision != "float32" else None,
+            "cut": strategy.cut.value if strategy.cut is not Cut.EVEN else None,
+        }  # fmt: skip
+        code = {k: v for k, v in own.items() if v is not None} | code
+    elif strategy is not None:
+        Strategy.named(strategy)
+        code["strategy"] = strategy
+    environ: Mapping[str, str] = {} if current.get() is not None else os.environ
+    return resolve(code, environ=environ, cwd=Path.cwd())
+
+
+def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
+    """The strategy that the settings say; what no setting can say comes from `given`."""
+    s = resolved.settings
+    base = Strategy.named(s.strategy)
+    ranks = s.ranks_per_copy
+    if resolved.origins["strategy"] != "code" and resolved.origins["ranks_per_copy"] == "code":
+        ranks = None  # the code's grid belonged to the code's strategy
+    return replace(
+        base,
+        ranks_per_copy=base.ranks_per_copy if ranks is None else ranks,
+        leaves=s.leaves,
+        precision=s.precision,
+        cut=Cut(s.cut),
+        reduce=given.reduce if isinstance(given, Strategy) else base.reduce,
+    )
+
+
+def find_carrier(timeout: float) -> tuple[Carrier, Seat]:
+    """This rank's place and what connects it to the others."""
+    given = current.get()
+    if given is not None:
+        return given, Seat(given.size, own_process=False)
+    place = find_place(os.environ)
+    if place is None:
+        return Alone(), Seat(1, own_process=True)
+    seat = Seat(place.local_world, own_process=True)
+    if place.world == 1:
+        return Alone(), seat
+    address = Address(place.rank, place.world, place.host, place.port, place.agent_store, place.attempt)
+    return Gloo(address, timeout=timeout, report=warn), seat

@@ -1,0 +1,123 @@
+"""The user's words for how a model is spread over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+from typing import Literal, cast
+
+from shoal.errors import StrategyError, nearest
+
+
+class Shard(IntEnum):
+    """What the ranks of one copy divide among them. Each level includes those above it."""
+
+    NOTHING = 0
+    OPTIMIZER = 1  # ZeRO-1
+    GRADIENTS = 2  # ZeRO-2
+    PARAMETERS = 3  # ZeRO-3
+
+
+class Cut(Enum):
+    """Where shards may end."""
+
+    EVEN = "even"  # anywhere the optimizer allows
+    PARAMETER = "parameter"  # between parameters only (layer-wise)
+
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How to train: what is wanted, not how it happens. `rules.rules` says what happens when.
+
+    The ranks form a grid, copies x ranks_per_copy. One rank per copy is data parallelism, one copy is ZeRO, between
+    them lies hybrid sharding.
+
+    Args:
+        shard: what the ranks of one copy divide among them.
+        ranks_per_copy: ranks that hold one model together. None: the world, or 1 if nothing is sharded; "host": the
+            ranks of one host.
+        leaves: micro-batches of one step, whoever computes them. None: the world at first start.
+        precision: "float32" computes in the model's own dtypes; "bfloat16" computes float32 parameters in bfloat16 and
+            keeps float32 masters for the update.
+        reduce: the dtype in which gradients travel and are summed (wider parameters keep their own).
+        cut: where shards may end.
+
+    Raises:
+        StrategyError: a combination that cannot be, with the nearest one that can.
+    """
+
+    shard: Shard = Shard.NOTHING
+    ranks_per_copy: int | Literal["host"] | None = None
+    leaves: int | None = None
+    precision: str = "float32"
+    reduce: str = "float32"
+    cut: Cut = Cut.EVEN
+
+    def __post_init__(self) -> None:
+        ranks = cast(object, self.ranks_per_copy)  # whatever the user gave
+        if ranks not in (None, "host") and (not isinstance(ranks, int) or ranks < 1):
+            raise StrategyError(f"ranks_per_copy={ranks!r}", remedy='a number of at least 1, None or "host"')
+        if self.shard is Shard.NOTHING and ranks not in (None, 1):
+            raise StrategyError(
+                f"ranks_per_copy={ranks!r} but nothing is sharded",
+                remedy="shard=Shard.OPTIMIZER or more, or ranks_per_copy=1 for data parallelism",
+            )
+        if self.leaves is not None and self.leaves < 1:
+            raise StrategyError(f"leaves={self.leaves}: a step has at least one leaf", remedy="leaves=1")
+        for field in ("precision", "reduce"):
+            if getattr(self, field) not in PRECISIONS:
+                value = getattr(self, field)
+                raise StrategyError(f"{field}={value!r} is not known", remedy=nearest(str(value), PRECISIONS))
+
+    @classmethod
+    def named(cls, name: str) -> Strategy:
+        """The strategy of that name: ddp, zero1, zero2, zero3 or hybrid."""
+        if name not in NAMED:
+            raise StrategyError(f"there is no strategy {name!r}", remedy=nearest(name, NAMED))
+        return NAMED[name]
+
+    @property
+    def name(self) -> str:
+        """The shortest name that fits; `hybrid` where a copy is the ranks of one host."""
+        if self.shard is Shard.PARAMETERS and self.ranks_per_copy == "host":
+            return "hybrid"
+        return {Shard.NOTHING: "ddp", Shard.OPTIMIZER: "zero1", Shard.GRADIENTS: "zero2", Shard.PARAMETERS: "zero3"}[
+            self.shard
+        ]
+
+    def settled(self, world: int, local_world: int) -> Strategy:
+        """The same with nothing left open, for a job of `world` ranks, `local_world` of them on each host.
+
+        Raises:
+            StrategyError: `world` does not divide into copies.
+        """
+        ranks = self.ranks_per_copy
+        if ranks is None:
+            ranks = 1 if self.shard is Shard.NOTHING else world
+        if ranks == "host":
+            ranks = local_world
+        if world % ranks:
+            near = max(n for n in range(1, min(ranks, world) + 1) if world % n == 0)
+            raise StrategyError(
+                f"a world of {world} ranks does not divide into copies of {ranks}",
+                remedy=f"ranks_per_copy={near}, or a world that is a multiple of {ranks}",
+            )
+        return replace(self, ranks_per_copy=ranks, leaves=self.leaves or world)
+
+    def explain(self) -> str:
+        """The table of rules: what happens to a unit's parameters and gradients, and when."""
+        from shoal.rules import explain
+
+        return explain(self)
+
+
+NAMED: dict[str, Strategy] = {
+    "ddp": Strategy(),
+    "zero1": Strategy(shard=Shard.OPTIMIZER),
+    "zero2": Strategy(shard=Shard.GRADIENTS),
+    "zero3": Strategy(shard=Shard.PARAMETERS),
+    "hybrid": Strategy(shard=Shard.PARAMETERS, ranks_per_copy="host"),
+}

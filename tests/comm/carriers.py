@@ -1,0 +1,35 @@
+"""The same program over every carrier: ranks that are threads, ranks that are processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shoal.comm.group import Carrier, Group
+from shoal.comm.threads import run
+from shoal.start import find_carrier
+from tests.pool import Pool
+
+KINDS = ("threads", "gloo")
+TIMEOUT = 3.0
+
+
+@contextmanager
+def joined(timeout: float = TIMEOUT) -> Iterator[Carrier]:
+    carrier, _ = find_carrier(timeout)
+    try:
+        yield carrier
+    finally:
+        carrier.close()
+
+
+def world_of(carrier: Carrier) -> Group:
+    return Group("world", range(carrier.size), carrier)
+
+
+def on(kind: str, pool: Pool, program: Callable[..., Any], *arguments: object, world: int = 2) -> list[Any]:
+    """Run a function at the top of a module on every rank."""
+    if kind == "threads":
+        return run(world, lambda _rank: program(*arguments))
+    return pool.run(program, *arguments, world=world, timeout=20)

@@ -1,0 +1,49 @@
+"""The dry run sends what the real run sends, to the byte, by verb, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+import shoal
+from shoal.comm.meter import dry_run
+from shoal.comm.threads import run
+from shoal.strategy import Strategy
+from tests.equivalence.models import Everything, adamw, samples
+from tests.equivalence.test_table import STRATEGIES
+
+
+def program(strategy: Strategy, leaves: int, precision: str) -> Callable[[int], dict[str, int]]:
+    def rank_main(_rank: int) -> dict[str, int]:
+        with shoal.init(strategy, leaves=leaves, precision=precision, run_dir="none") as job:
+            with job.device:  # `.to("meta")` would untie tied weights
+                model = Everything()
+            model, optimizer = job.prepare(model, adamw(model))
+            for x, y in job.loader(samples(), global_batch=24):
+                loss = nn.functional.mse_loss(model(x.to(job.device)).float(), y.to(job.device))
+                loss.backward()
+                job.clip_grad_norm(1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                job.mean(loss.detach())
+        return {verb: n for verb, n in job.traffic.items() if verb != "start"}  # a dry run has no values to compare
+
+    return rank_main
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("leaves", [3, 4])
+@pytest.mark.parametrize("ranks_per_copy", [None, 2])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_bytes_equal_the_measured_ones(name: str, ranks_per_copy: int | None, leaves: int, precision: str) -> None:
+    """Three ranks, or two copies of two; ranks with unequal numbers of leaves among them."""
+    if name == "ddp" and ranks_per_copy:
+        ranks_per_copy = 1
+    strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    world = 4 if ranks_per_copy == 2 else 3
+    measured = run(world, program(strategy, leaves, precision))
+    predicted = [dry_run(rank, world, program(strategy, leaves, precision)) for rank in range(world)]
+    assert predicted == measured
+    assert all(sum(m.values()) > 10_000 for m in measured)

@@ -1,0 +1,60 @@
+"""The heart of the suite: every strategy x world x leaves x optimizer x precision ends in the bits of one process."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from shoal.strategy import Cut, Shard, Strategy
+from tests.equivalence.models import Outcome, adamw, on_threads, sgd
+
+STRATEGIES = {"ddp": Shard.NOTHING, "zero1": Shard.OPTIMIZER, "zero2": Shard.GRADIENTS, "zero3": Shard.PARAMETERS}
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+GRID = [(name, world, None) for name in STRATEGIES for world in (1, 2, 3, 4)]
+GRID += [("zero3", 4, 2), ("zero3", 6, 3), ("zero3", 6, 2), ("zero1", 4, 2), ("zero2", 4, 2)]
+
+
+@cache
+def one_process(leaves: int, optimizer: str, precision: str) -> Outcome:
+    return on_threads(1, "ddp", leaves=leaves, precision=precision, make_optimizer=OPTIMIZERS[optimizer])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("leaves", [4, 12])
+@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), GRID)
+def test_equals_one_process(
+    name: str, world: int, ranks_per_copy: int | None, leaves: int, optimizer: str, precision: str
+) -> None:
+    strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    got = on_threads(
+        world, strategy, leaves=leaves, precision=precision, make_optimizer=OPTIMIZERS[optimizer], order=world
+    )
+    assert got == one_process(leaves, optimizer, precision)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 5, 6, 8])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_any_number_of_leaves(name: str, leaves: int) -> None:
+    """World and leaves need not divide each other; a rank may have no leaf at all. 120 samples a step, 56 in all."""
+    want = on_threads(1, "ddp", leaves=leaves, global_batch=120)
+    assert on_threads(3, name, leaves=leaves, global_batch=120) == want
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("cut", list(Cut))
+def test_cuts_and_overlap_change_nothing(name: str, cut: Cut, overlap: bool) -> None:
+    strategy = Strategy(shard=STRATEGIES[name], cut=cut)
+    assert on_threads(3, strategy, leaves=4, overlap=overlap) == one_process(4, "adamw", "float32")
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_who_runs_first_changes_nothing(order: int) -> None:
+    assert on_threads(4, "zero3", leaves=4, order=order) == one_process(4, "adamw", "float32")
+
+
+def test_leaves_are_part_of_the_numbers() -> None:
+    """So that the table is seen to be able to fail."""
+    assert one_process(4, "adamw", "float32") != one_process(12, "adamw", "float32")

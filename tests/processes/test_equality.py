@@ -1,0 +1,144 @@
+"""Real processes over gloo: the bits of one process, and the bytes of the dry run."""
+
+from __future__ import annotations
+
+import gc
+import os
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import shoal
+from shoal.comm.meter import dry_run
+from shoal.comm.sockets import sockets
+from shoal.strategy import Strategy
+from tests.equivalence.models import Outcome, on_threads, trainer
+from tests.equivalence.test_dry_run import program
+from tests.equivalence.test_table import STRATEGIES
+from tests.pool import Pool
+
+LEAVES = 4
+
+
+@cache
+def one_process(precision: str) -> Outcome:
+    return on_threads(1, "ddp", leaves=LEAVES, precision=precision)
+
+
+def train(strategy: Strategy | str, settings: dict[str, object]) -> Outcome | None:
+    return trainer(strategy, timeout=20.0, **settings)(int(os.environ["RANK"]))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_equals_one_process(name: str, world: int, pool: Pool) -> None:
+    results = pool.run(train, name, {"leaves": LEAVES}, world=world)
+    assert results == [one_process("float32")] + [None] * (world - 1)
+
+
+def test_hybrid_equals_one_process(pool: Pool) -> None:
+    """Two hosts of two ranks."""
+    results = pool.run(train, "hybrid", {"leaves": LEAVES, "precision": "bfloat16"}, world=4, ranks_per_host=2)
+    assert results[0] == one_process("bfloat16")
+
+
+def traffic(strategy: Strategy) -> dict[str, int]:
+    return program(strategy, LEAVES, "float32")(int(os.environ["RANK"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks_per_copy"), [(n, r) for n in STRATEGIES for r in (None, 2) if not (n == "ddp" and r)]
+)
+def test_bytes_equal_the_dry_run(name: str, ranks_per_copy: int | None, pool: Pool) -> None:
+    world = 4 if ranks_per_copy else 3
+    strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    measured = pool.run(traffic, strategy, world=world)
+    assert measured == [dry_run(rank, world, program(strategy, LEAVES, "float32")) for rank in range(world)]
+
+
+# ---------------------------------------------------------------- beside torch.distributed
+
+
+def three_jobs() -> tuple[list[Outcome | None], list[int]]:
+    """One after the other, and how many connections are open after each."""
+    outcomes, opened = [], []
+    for strategy in ("zero3", "ddp", "zero3"):
+        outcomes.append(train(strategy, {"leaves": LEAVES}))
+        gc.collect()
+        opened.append(len(sockets()))
+    return outcomes, opened
+
+
+def test_jobs_one_after_the_other(pool: Pool) -> None:
+    results = pool.run(three_jobs)
+    assert results[0][0] == [one_process("float32")] * 3
+    for _, opened in results:
+        assert opened[-1] < opened[0] + 5, opened  # some close a moment later, on the other side
+
+
+def beside(first: str) -> tuple[list[Outcome | None], list[float]]:
+    """The user's own process group, set up before the job, in it, or around several jobs."""
+    sums = []
+
+    def own() -> None:
+        ours = torch.tensor([1.0 + dist.get_rank()])
+        dist.all_reduce(ours)
+        sums.append(ours.item())
+
+    outcomes: list[Outcome | None] = []
+    if first == "torch":
+        dist.init_process_group("gloo")
+        own()
+    outcomes.append(train("zero3", {"leaves": LEAVES}))
+    if first == "shoal":
+        dist.init_process_group("gloo")
+    own()
+    if first == "torch":
+        dist.destroy_process_group()  # the store that both used goes on
+    outcomes.append(train("zero1", {"leaves": LEAVES}))
+    if first == "shoal":
+        own()
+    return outcomes, sums
+
+
+@pytest.mark.parametrize("first", ["torch", "shoal"])
+def test_a_process_group_of_the_users_own(first: str, pool: Pool) -> None:
+    (outcomes, sums), (_, others) = pool.run(beside, first)
+    assert outcomes == [one_process("float32")] * 2
+    assert sums == others == [3.0, 3.0]
+
+
+def inside() -> float:
+    """The user's group and the job's in turns, over one store."""
+    with shoal.init("zero3", run_dir="none", timeout=20.0) as job:
+        dist.init_process_group("gloo")
+        model = torch.nn.Linear(3, 2)
+        model, optimizer = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        losses = torch.zeros(1)
+        for _ in range(4):
+            loss = model(torch.ones(2, 3) * job.rank).sum()
+            loss.backward()
+            losses += loss.detach()
+            dist.all_reduce(losses)
+            optimizer.step()
+    return losses.item()
+
+
+def test_a_process_group_inside_the_job(pool: Pool) -> None:
+    first, second = pool.run(inside)
+    assert first == second
+
+
+def own_store() -> float:
+    """A group over a store of the user's own, at the very address that the job is told."""
+    rank = int(os.environ["RANK"])
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with shoal.init("ddp", run_dir="none", timeout=10.0) as job:
+        return job.mean(job.rank) or 0.0
+
+
+def test_a_store_of_the_users_own(pool: Pool) -> None:
+    assert pool.run(own_store) == [0.5, 0.5]
