@@ -16,7 +16,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -89,7 +89,7 @@ def _since(now: N | None, before: N | None) -> N | None:
     return None if now is None or before is None else now - before
 
 
-def train(contender: Contender, sizes: Sizes, steps: int, rank: int) -> Told:
+def train(contender: Contender, sizes: Sizes, steps: int, rank: int, tell: Callable[[Told], None]) -> None:
     """The loop, the same for everybody."""
     seconds: list[float] = []
     cpu: list[float] = []
@@ -107,13 +107,15 @@ def train(contender: Contender, sizes: Sizes, steps: int, rank: int) -> Told:
             seconds.append(time.perf_counter() - start)
             cpu.append(time.process_time() - cpu_start)
             losses.append(loss.detach())
-        return Told(
-            seconds=seconds[WARM_UP:],
-            cpu_seconds=cpu[WARM_UP:],
-            machine=_since(_machine(), machine),
-            loss=losses[-1].item(),
-            at_rest=_since(_memory("VmRSS"), before),
-            peak=_since(_memory("VmHWM"), before),
+        tell(
+            Told(
+                seconds=seconds[WARM_UP:],
+                cpu_seconds=cpu[WARM_UP:],
+                machine=_since(_machine(), machine),
+                loss=losses[-1].item(),
+                at_rest=_since(_memory("VmRSS"), before),
+                peak=_since(_memory("VmHWM"), before),
+            )
         )
 
 
@@ -124,8 +126,12 @@ def _rank_main(contender: Contender, sizes: Sizes, steps: int, rank: int, port: 
     os.environ |= {name: str(number) for name, number in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    told = train(contender, sizes, steps, rank)
-    answer.send_bytes(json.dumps(told).encode())
+
+    def tell(told: Told) -> None:
+        answer.send_bytes(json.dumps(told).encode())
+        answer.poll(None)  # until it is killed: torch's process group now and then hangs when it is taken down
+
+    train(contender, sizes, steps, rank, tell)
 
 
 # ---------------------------------------------------------------- a visit
@@ -139,15 +145,13 @@ def visit(contender: Contender, sizes: Sizes, steps: int) -> Visit:
     processes: list[BaseProcess] = []
     try:
         for rank in range(contender.ranks):
-            answer, told = fork.Pipe(duplex=False)
+            answer, told = fork.Pipe()
             process = fork.Process(target=_rank_main, args=(contender, sizes, steps, rank, port, told), daemon=True)
             process.start()
             told.close()
             answers.append(answer)
             processes.append(process)
         ranks = _hear(answers, contender)
-        for process in processes:
-            process.join(PATIENCE)
     finally:
         for process in processes:
             process.kill()

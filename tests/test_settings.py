@@ -31,7 +31,9 @@ TEXTS = {
     "strategy": ("zero3", "zero3"),
     "leaves": ("4", 4),
     "ranks_per_copy": ("host", "host"),
+    "twig": ("2", 2),
     "precision": ("bfloat16", "bfloat16"),
+    "masters": ("false", False),
     "cut": ("parameter", "parameter"),
     "seed": ("-7", -7),
     "threads": ("2", 2),
@@ -84,7 +86,9 @@ def test_table_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         "strategy        zero3    code",
         "leaves          -        default",
         "ranks_per_copy  -        default",
+        "twig            1        default",
         "precision       float32  default",
+        "masters         true     default",
         "cut             even     default",
         "seed            0        default",
         "threads         1        default",
@@ -146,9 +150,10 @@ MISTAKES = {
         "shoal[E02] SHOAL_FLAGS='seed=1' is no JSON object\n  try:   unset SHOAL_FLAGS, shoal run sets it",
     ),
     "a choice": (
-        {}, {"SHOAL_PRECISION": "float16"}, None,
-        "shoal[E02] precision='float16' (environment SHOAL_PRECISION) does not fit\n"
-        "  cause: Input should be 'float32' or 'bfloat16'\n  try:   did you mean 'bfloat16'? known: float32, bfloat16",
+        {}, {"SHOAL_PRECISION": "half16"}, None,
+        "shoal[E02] precision='half16' (environment SHOAL_PRECISION) does not fit\n"
+        "  cause: Input should be 'float32', 'bfloat16' or 'float16'\n"
+        "  try:   known: float32, bfloat16, float16",
     ),
     "too small": (
         {"threads": 0}, {}, None,

@@ -23,9 +23,15 @@ REFUSED: dict[str, tuple[Callable[[], object], str, str]] = {
     ),
     "no leaves": (lambda: Strategy(leaves=0), "leaves=0: a step has at least one leaf", "leaves=1"),
     "precision": (
-        lambda: Strategy(precision="float16"),
-        "precision='float16' is not known",
-        "did you mean 'bfloat16'?",
+        lambda: Strategy(precision="half16"),
+        "precision='half16' is not known",
+        "known: float32, bfloat16, float16",
+    ),
+    "twig": (lambda: Strategy(twig=0), "twig=0: a twig has at least one leaf", "twig=1"),
+    "masters": (
+        lambda: Strategy(precision="float16", masters=False),
+        "masters=False with precision='float16'",
+        'precision="bfloat16", or masters=True',
     ),
     "reduce": (lambda: Strategy(reduce="int8"), "reduce='int8' is not known", "known: float32, bfloat16"),
     "world": (

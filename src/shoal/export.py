@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shoal.engine.binding import Binding
 from shoal.engine.unit import Unit
@@ -40,14 +41,15 @@ def named_like(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tens
     return state
 
 
-def optimizer_state(binding: Binding) -> dict[str, object]:
+def optimizer_state(binding: Binding, optimizer: Optimizer) -> dict[str, object]:
     """The optimizer's state dict as torch writes it, whole, on rank 0; empty elsewhere. Collective."""
-    order = [n for names in binding.group_names for n in names]
+    group_names = binding.group_names[binding.optimizers.index(optimizer)]
+    order = [n for names in group_names for n in names]
     index = {n: i for i, n in enumerate(order)}
     state: dict[int, dict[str, object]] = {}
     for unit in binding.engine.units:
-        held = {n: cast(dict[str, object], binding.optimizer.state[p]) for n, p in unit.pieces.items()
-                if p in binding.optimizer.state}  # fmt: skip
+        held = {n: cast(dict[str, object], optimizer.state[p]) for n, p in unit.pieces.items()
+                if p in optimizer.state}  # fmt: skip
         for (key, dtype), names in sorted(_kinds(unit, held).items()):
             parts = {n: cast(Tensor, held[n][key]) for n in names if n in held}
             flat = _gathered(unit, parts, getattr(torch, dtype))
@@ -60,7 +62,7 @@ def optimizer_state(binding: Binding) -> dict[str, object]:
         return {}
     at = 0
     groups: list[dict[str, object]] = []
-    for names, group in zip(binding.group_names, binding.optimizer.param_groups, strict=True):
+    for names, group in zip(group_names, optimizer.param_groups, strict=True):
         settings: dict[str, object] = {k: v for k, v in group.items() if k != "params"}
         groups.append(settings | {"params": list(range(at, at + len(names)))})
         at += len(names)

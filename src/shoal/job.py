@@ -36,7 +36,7 @@ from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
 
 M = TypeVar("M", bound=nn.Module)
-O = TypeVar("O", bound=Optimizer)  # noqa: E741
+O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
 S = TypeVar("S", bound=LRScheduler)
 T = TypeVar("T")
 
@@ -49,7 +49,9 @@ def init(
     threads: int | None = None,
     leaves: int | None = None,
     ranks_per_copy: int | str | None = None,
+    twig: int | None = None,
     precision: str | None = None,
+    masters: bool | None = None,
     cut: str | None = None,
     timeout: float | None = None,
     overlap: bool | None = None,
@@ -65,7 +67,7 @@ def init(
         seed: of the job: initial weights, order of data, random numbers of every leaf; default 0.
         threads: of torch on this rank; default 1. They are part of the numbers.
         leaves: micro-batches of a step, whoever computes them; default the world at first start.
-        ranks_per_copy, precision, cut: see `Strategy`.
+        ranks_per_copy, twig, precision, masters, cut: see `Strategy`.
         timeout: seconds without a change anywhere after which a wait ends; default 60.
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
@@ -77,7 +79,8 @@ def init(
     """
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
-        "ranks_per_copy": ranks_per_copy, "precision": precision, "cut": cut, "timeout": timeout, "overlap": overlap,
+        "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
+        "timeout": timeout, "overlap": overlap,
         "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
@@ -104,8 +107,9 @@ class Job:
         self._mesh = Mesh.of(carrier, strategy.ranks_per_copy if isinstance(strategy.ranks_per_copy, int) else 1)
         self._meeting = Meeting(self._mesh.world)
         self._meeting.make_room(32)
-        self._binding: Binding | None = None
-        self._wanted: setup.Wanted | None = None
+        self._bindings: dict[str, Binding] = {}
+        self._wanted: dict[str, setup.Wanted] = {}
+        self._latest: Binding | None = None
         self._loaders: list[Loader[object]] = []
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._closed = False
@@ -155,7 +159,8 @@ class Job:
     @property
     def stepped(self) -> bool:
         """Did the latest `optimizer.step()` act? It acts on a step's last leaf."""
-        return self._bound.stepped
+        self._all_bound()
+        return self._latest is not None and self._latest.stepped
 
     @property
     def traffic(self) -> dict[str, int]:
@@ -164,32 +169,39 @@ class Job:
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank that are in use now: parameters, masters, gradients, optimizer state."""
-        return self._bound.held()
+        held = [binding.held() for binding in self._all_bound()]
+        return {kind: sum(h[kind] for h in held) for kind in held[0]}
 
     # ---------------------------------------------------------------- model and data
 
     @overload
-    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None) -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
     def prepare(
-        self, model: nn.Module, optimizer: Optimizer, /, *others: DataLoader[object] | LRScheduler,
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], /,
+        *others: DataLoader[object] | LRScheduler,
         units: Sequence[str] | None = None, elementwise: bool | None = None,
+        float32: Sequence[str] = (), name: str = "",
     ) -> tuple[object, ...]:  # fmt: skip
-        """Spread a model and its optimizer over the ranks, and count out the batches of loaders. Collective.
+        """Spread a model and its optimizers over the ranks, and count out the batches of loaders. Collective.
 
-        Model and optimizer are the user's own objects, changed in place; loaders are new. Everybody starts from
+        Model and optimizers are the user's own objects, changed in place; loaders are new. Everybody starts from
         rank 0's values.
 
         Args:
-            model, optimizer: on `job.device`; the optimizer over parameters of this model.
+            model: on `job.device`.
+            optimizer: over parameters of this model; or a list of several, each over others of them.
             others: DataLoaders and learning-rate schedulers, in any order.
             units: names of modules whose parameters travel together; None: blocks of every ModuleList or Sequential.
             elementwise: may the optimizer's parameters be cut anywhere? None: known for torch's, tried for others.
+            float32: names of modules, or of their classes ("LayerNorm"), that compute in float32 whatever the
+                precision. Batch norm always does.
+            name: of the model, where a job trains several. With several, every rank runs equally many leaves.
 
         Returns:
             The same objects in the same order, each loader replaced.
@@ -198,30 +210,47 @@ class Job:
             ModelError, OptimizerError, BatchError: what cannot be trained as it is.
             DivergedError: ranks prepare different things.
         """
-        if self._binding is not None:
-            raise OrderError("job.prepare was called twice", remedy="one job trains one model")
+        self._check_name(name)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         facts = {
             "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
-            "seed": self.seed, "overlap": self.resolved.settings.overlap,
+            "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
+            "float32": list(float32),
         }  # fmt: skip
+        mesh = self._mesh if not self._bindings else self._mesh.again(len(self._bindings))
         wanted = setup.Wanted(
-            strategy=self.strategy, rules=rules(self.strategy), mesh=self._mesh, meeting=self._meeting,
-            overlap=self.resolved.settings.overlap, units=units, elementwise=elementwise, facts=facts,
-            say=self._say, acted=self._feed.between_steps,
+            strategy=self.strategy, rules=rules(self.strategy), mesh=mesh, meeting=self._meeting,
+            overlap=self.resolved.settings.overlap, units=units, elementwise=elementwise, float32=float32, facts=facts,
+            say=self._say, ended=self._feed.ended, number=len(self._bindings),
+            first=sum(len(b.engine.units) for b in self._bindings.values()), prefix=f"{name}/" if name else "",
         )  # fmt: skip
-        self._wanted = wanted
-        self._binding = setup.build(model, optimizer, wanted)
-        self._feed.bind(self._binding.engine)
+        binding = self._bindings[name] = setup.build(model, optimizers, wanted)
+        self._wanted[name], binding.on_step = wanted, self._steps
+        self._feed.bind(binding.engine)
         results: list[object] = [model, optimizer]
         for other in others:
             if isinstance(other, LRScheduler):
-                self._binding.add_scheduler(other)
+                binding.add_scheduler(other)
                 results.append(other)
             else:
                 results.append(self._wrap(other))
-        self._say(setup.plan_line(self._binding, self.world_size))
+        self._say(f"{name}: {setup.plan_line(binding, self.world_size)}" if name else
+                  setup.plan_line(binding, self.world_size))  # fmt: skip
         set_seed(self.seed, 0)
         return tuple(results)
+
+    def _check_name(self, name: str) -> None:
+        if name in self._bindings or (self._bindings and ("" in self._bindings or not name)):
+            raise OrderError(
+                "job.prepare was called twice" + (f" with name={name!r}" if name else ""),
+                cause="a job that trains several models knows them by their names",
+                remedy='job.prepare(generator, ..., name="generator"), and another name for every other model',
+            )
+        if self._bindings and any(b.engine.turns_done for b in self._bindings.values()):
+            raise OrderError("job.prepare after training has begun", remedy="prepare all models first")
+
+    def _steps(self, binding: Binding) -> None:
+        self._latest = binding
 
     def loader(
         self, dataset: Dataset[T], *, global_batch: int, shuffle: bool = True, drop_last: bool = False,
@@ -265,17 +294,26 @@ class Job:
         """
         if full <= 0 or samples < 0:
             raise OrderError(f"job.weight({samples:g}, full={full:g})", remedy="samples >= 0 and full > 0")
-        _ = self._bound
+        self._all_bound()
         self._feed.weigh(samples / full)
 
-    def clip_grad_norm(self, max_norm: float) -> float | None:
+    def clip_grad_norm(self, max_norm: float, *, model: nn.Module | None = None) -> float | None:
         """Scale the step's gradients so that their global 2-norm is at most `max_norm`.
+
+        Args:
+            max_norm: the largest norm afterwards.
+            model: whose gradients; None: the only one's.
 
         Returns:
             The norm before clipping, with the same bits on all ranks and under all strategies; None on a leaf that is
             not the step's last, where nothing happens.
         """
-        return self._bound.clip_grad_norm(max_norm)
+        return self._find(model).clip_grad_norm(max_norm)
+
+    def loss_scale(self, model: nn.Module | None = None) -> float:
+        """What float16 losses are multiplied with for backward; 1 in other precisions."""
+        scale = self._find(model).engine.scale
+        return 1.0 if scale is None else scale.scale
 
     def mean(self, value: float | Tensor) -> float | None:
         """Average a number over the leaves of this step, by their weights. Call it after `optimizer.step()`.
@@ -295,24 +333,22 @@ class Job:
             model: the prepared one.
             write: cut changes back into shards afterwards; all ranks must make the same ones.
         """
-        self._check_model(model)
-        return self._bound.whole(write=write)
+        return self._find(model).whole(write=write)
 
     def state_dict(self, what: nn.Module | Optimizer) -> dict[str, object]:
-        """The whole state dict of the prepared model or optimizer. Collective.
+        """The whole state dict of a prepared model or optimizer. Collective.
 
         Returns:
             On rank 0 what torch's `state_dict()` would give in one process, on the CPU; elsewhere nothing.
         """
-        binding = self._bound
+        binding = self._find(what) if isinstance(what, nn.Module) else self._find_optimizer(what)
         self._between_steps("job.state_dict")
-        self._meeting.meet(Want.STATE, 0)
+        self._meeting.meet(Want.STATE, 0, model=binding.engine.number)
         self._carrier.hold("job.state_dict")
         try:
-            if what is binding.optimizer:
-                return export.optimizer_state(binding)
-            self._check_model(cast(nn.Module, what))
-            return cast(dict[str, object], export.model_state(binding))
+            if isinstance(what, nn.Module):
+                return cast(dict[str, object], export.model_state(binding))
+            return export.optimizer_state(binding, what)
         finally:
             self._carrier.hold("")
 
@@ -330,12 +366,12 @@ class Job:
         Raises:
             SaveError: it could not be written (or is there already); older ones are intact.
         """
-        binding = self._bound
+        bindings = self._all_bound()
         self._between_steps("job.save")
         self._meeting.meet(Want.SAVE, self.step)
         self._carrier.hold("job.save")
         try:
-            target = resume.save(binding, Path(path), self._facts(), self._share)
+            target = resume.save(bindings, Path(path), self._facts(), self._share)
         finally:
             self._carrier.hold("")
         self.event("save", step=self.step, path=str(target))
@@ -355,19 +391,20 @@ class Job:
         Raises:
             CheckpointError: there is none, it is damaged, or it does not fit.
         """
-        binding = self._bound
-        if binding.engine.turns_done:
+        bindings = self._all_bound()
+        if any(b.engine.turns_done for b in bindings):
             raise OrderError("job.load after training has begun", remedy="load right after prepare")
         self._meeting.meet(Want.LOAD, 0)
         self._carrier.hold("job.load")
         try:
-            found = resume.load(binding, Path(path), self._facts(), self.resolved, self._share, self._rebuild)
+            found = resume.load(bindings, Path(path), self._facts(), self.resolved, self._share, self._rebuild)
         finally:
             self._carrier.hold("")
-        self._feed.strategy, before = self._bound.strategy, self.leaves
+        self._feed.strategy, before = self._all_bound()[0].strategy, self.leaves
         if found.leaves != before:
             self._say(f"going on with the checkpoint's {found.leaves} leaves a step")
-        self._feed.seed, self.threads = found.seed, found.threads
+        self._feed.set_seed(found.seed)
+        self.threads = found.threads
         torch.set_num_threads(found.threads)
         for loader, at in zip(self._loaders, found.positions, strict=False):
             loader.go_to(at["epoch"], at["step"])
@@ -375,23 +412,27 @@ class Job:
         self.event("load", step=self.step, path=str(found.path))
         return self.step
 
-    def _rebuild(self, precision: str) -> Binding:
+    def _rebuild(self, precision: str, masters: bool) -> Sequence[Binding]:
         """Prepare again for the precision of a checkpoint."""
-        old, wanted = self._bound, self._wanted
-        assert wanted is not None
-        old.undo()
-        self._say(f"going on with the checkpoint's precision {precision}")
-        self._wanted = replace(wanted, strategy=replace(wanted.strategy, precision=precision))
-        self._binding = setup.build(old.model, old.optimizer, self._wanted)
-        self._feed.bind(self._binding.engine)
-        for scheduler in old.schedulers:
-            self._binding.add_scheduler(scheduler)
-        return self._binding
+        rounded = "" if masters else " without masters"
+        self._say(f"going on with the checkpoint's precision {precision}{rounded}")
+        change = {"precision": precision, "masters": masters}
+        self._meeting.granters.clear()
+        for name, old in self._bindings.items():
+            wanted = self._wanted[name]
+            old.undo()
+            wanted = self._wanted[name] = replace(wanted, strategy=replace(wanted.strategy, **change))
+            binding = self._bindings[name] = setup.build(old.model, old.optimizers, wanted)
+            binding.on_step = self._steps
+            self._feed.bind(binding.engine, instead_of=old.engine)
+            for scheduler in old.schedulers:
+                binding.add_scheduler(scheduler)
+        return self._all_bound()
 
     def _facts(self) -> resume.Facts:
         return resume.Facts(
             leaves=self.leaves, seed=self.seed, threads=self.threads, precision=self.strategy.precision, path=Path(),
-            positions=[x.position() for x in self._loaders],
+            twig=self.strategy.twig, masters=self.strategy.masters, positions=[x.position() for x in self._loaders],
         )  # fmt: skip
 
     # ---------------------------------------------------------------- the end
@@ -415,8 +456,8 @@ class Job:
 
     def _end(self) -> None:
         self._carrier.close()
-        if self._binding is not None:
-            self._binding.release()
+        for binding in self._bindings.values():
+            binding.release()
         torch.set_num_threads(self._threads_before)
         if self.run_dir is not None:
             self.run_dir.close()
@@ -450,21 +491,34 @@ class Job:
     def _share(self, data: bytes) -> list[bytes]:
         return self._mesh.world.share_any("file", data)
 
-    @property
-    def _bound(self) -> Binding:
-        if self._binding is None:
+    def _all_bound(self) -> Sequence[Binding]:
+        if not self._bindings:
             raise OrderError("the job has no model yet", remedy="model, optimizer = job.prepare(model, optimizer)")
-        return self._binding
+        return list(self._bindings.values())
 
-    def _check_model(self, model: nn.Module) -> None:
-        if model is not self._bound.model:
+    def _find(self, model: nn.Module | None) -> Binding:
+        """The binding of a prepared model; None: of the only one."""
+        bindings = self._all_bound()
+        if model is None and len(bindings) > 1:
+            raise OrderError(f"the job trains {len(bindings)} models", remedy="say which with model=")
+        found = next((b for b in bindings if model is None or b.model is model), None)
+        if found is None:
             raise OrderError(
                 f"this {type(model).__name__} was not prepared by this job", remedy="pass the prepared model"
             )
+        return found
+
+    def _find_optimizer(self, optimizer: Optimizer) -> Binding:
+        found = next((b for b in self._all_bound() if optimizer in b.optimizers), None)
+        if found is None:
+            raise OrderError(
+                f"this {type(optimizer).__name__} was not prepared by this job", remedy="pass a prepared optimizer"
+            )
+        return found
 
     def _between_steps(self, what: str) -> None:
-        engine = self._bound.engine
-        if engine.leaf is not None or engine.turn or engine.settled:
+        engines = [b.engine for b in self._all_bound()]
+        if any(e.leaf is not None or e.turn or e.settled or e.resting for e in engines):
             raise OrderError(f"{what} in the middle of a step", remedy="call it when job.stepped is True")
 
 

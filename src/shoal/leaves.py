@@ -63,16 +63,19 @@ Assignment = tuple[tuple[int, ...], ...]
 """Per rank the numbers of its leaves in the order it computes them."""
 
 
-def assign(leaves: int, copies: int, ranks_per_copy: int, *, every_leaf: bool) -> Assignment:
+def assign(leaves: int, copies: int, ranks_per_copy: int, *, every_leaf: bool, twig: int = 1) -> Assignment:
     """Who computes what: even in number, and with as few waiting sums as can be.
 
     Args:
         leaves: L, the leaves of one step.
         copies, ranks_per_copy: the grid of ranks; rank = copy * ranks_per_copy + place in the copy.
         every_leaf: are gradients reduced inside a copy after every leaf (ZeRO-2, ZeRO-3) or once a step?
+        twig: so many neighbouring leaves stay together.
     """
-    candidates = [_grid(leaves, copies, ranks_per_copy, inner) for inner in (_blocks, _strides)]
-    return min(candidates, key=lambda a: pending(leaves, a, ranks_per_copy, every_leaf=every_leaf))
+    twigs = -(-leaves // twig)
+    candidates = [_grid(twigs, copies, ranks_per_copy, inner) for inner in (_blocks, _strides)]
+    chosen = min(candidates, key=lambda a: pending(twigs, a, ranks_per_copy, every_leaf=every_leaf))
+    return tuple(tuple(leaf for t in mine for leaf in range(t * twig, min((t + 1) * twig, leaves))) for mine in chosen)
 
 
 def pending(leaves: int, assignment: Assignment, ranks_per_copy: int, *, every_leaf: bool) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal import checkpoint
 from shoal.checkpoint import Meta, Piece, Reader, Share
@@ -19,25 +19,29 @@ from shoal.errors import ResumeError
 from shoal.layout import Interval
 from shoal.settings import Resolved
 
+Bindings = Sequence[Binding]
+"""All models of a job. What belongs to one is saved under its prefix: none for a model without a name."""
 
-def pieces(binding: Binding) -> Iterator[Piece]:
+
+def pieces(bindings: Bindings) -> Iterator[Piece]:
     """What this rank writes: its shards of the units that are its copy's turn, so that all ranks write alike."""
-    engine = binding.engine
-    copies = engine.mesh.copies
-    for unit in engine.units:
-        if unit.index % copies.size == copies.rank:
-            for interval in unit.layout.pieces(unit.shard.rank):
-                piece = unit.pieces[interval.name]
-                yield Piece(kind="param", interval=interval, tensor=piece.detach().reshape(-1))
-                yield from _state(binding, interval, piece)
-    if engine.rank == 0:
-        for name, buffer in engine.model.named_buffers():
-            yield Piece.whole("buffer", name, buffer.detach())
+    for binding in bindings:
+        engine, prefix = binding.engine, binding.prefix
+        copies = engine.mesh.copies
+        for unit in engine.units:
+            if unit.index % copies.size == copies.rank:
+                for interval in unit.layout.pieces(unit.shard.rank):
+                    piece = unit.pieces[interval.name]
+                    place = replace(interval, name=prefix + interval.name)
+                    yield Piece(kind="param", interval=place, tensor=piece.detach().reshape(-1))
+                    yield from _state(binding, place, piece)
+        if engine.rank == 0:
+            for name, buffer in engine.model.named_buffers():
+                yield Piece.whole("buffer", prefix + name, buffer.detach())
 
 
-def _state(binding: Binding, interval: Interval, piece: Tensor) -> Iterator[Piece]:
-    state = cast(Mapping[str, object], binding.optimizer.state.get(piece, {}))
-    for key, value in state.items():
+def _state(binding: Binding, interval: Interval, piece: nn.Parameter) -> Iterator[Piece]:
+    for key, value in binding.state(piece).items():
         if not isinstance(value, Tensor):
             continue
         if value.shape == piece.shape and value.dim():
@@ -46,14 +50,14 @@ def _state(binding: Binding, interval: Interval, piece: Tensor) -> Iterator[Piec
             yield Piece.whole(f"extra:{key}", interval.name, value.detach())
 
 
-def plain_values(binding: Binding) -> dict[str, dict[str, object]]:
+def plain_values(bindings: Bindings) -> dict[str, dict[str, object]]:
     """Optimizer state of this rank that is no tensor, by parameter."""
     made: dict[str, dict[str, object]] = {}
-    for piece, name in binding.names.items():
-        state = cast(Mapping[str, object], binding.optimizer.state.get(piece, {}))
-        plain = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-        if plain:
-            made[name] = plain
+    for binding in bindings:
+        for piece, name in binding.names.items():
+            plain = {k: v for k, v in binding.state(piece).items() if not isinstance(v, Tensor)}
+            if plain:
+                made[binding.prefix + name] = plain
     return made
 
 
@@ -62,42 +66,62 @@ class Facts:
     """What a job knows besides its model and optimizer. `path`: of the checkpoint they were read from."""
 
     leaves: int
+    twig: int
     seed: int
     threads: int
     precision: str
+    masters: bool
     path: Path
     positions: Sequence[Mapping[str, int]]
 
 
-def save(binding: Binding, root: Path, facts: Facts, share: Share) -> Path:
+def save(bindings: Bindings, root: Path, facts: Facts, share: Share) -> Path:
     """Write `root/step-N`. Collective. Raises `SaveError` on all ranks."""
-    told = share(json.dumps(plain_values(binding)).encode())
+    told = share(json.dumps(plain_values(bindings)).encode())
     values = {k: v for data in told for k, v in cast(dict[str, object], json.loads(data)).items()}
-    engine = binding.engine
+    steps = max(b.engine.steps for b in bindings)
     return checkpoint.save(
-        root, engine.steps, pieces(binding), _meta(binding, facts, values), rank=engine.rank, share=share
+        root, steps, pieces(bindings), _meta(bindings, facts, values), rank=bindings[0].engine.rank, share=share
     )
 
 
-def _meta(binding: Binding, facts: Facts, values: Mapping[str, object]) -> Meta:
-    s, engine = binding.strategy, binding.engine
+def _meta(bindings: Bindings, facts: Facts, values: Mapping[str, object]) -> Meta:
+    s = bindings[0].strategy
     groups = [
         {"settings": {k: v for k, v in group.items() if k != "params"}, "params": names}
-        for names, group in zip(binding.group_names, binding.optimizer.param_groups, strict=True)
+        for names, group in _groups(bindings)
     ]
     return Meta(
         strategy=asdict(s) | {"shard": s.shard.name, "cut": s.cut.value, "name": s.name},
         leaves=facts.leaves,
         seed=facts.seed,
-        world=engine.mesh.world.size,
+        world=bindings[0].engine.mesh.world.size,
         epoch=facts.positions[0]["epoch"] if facts.positions else 0,
         position={"loaders": [dict(p) for p in facts.positions]},
         groups=groups,
-        schedulers=[s.state_dict() for s in binding.schedulers],
+        schedulers=[s.state_dict() for b in bindings for s in b.schedulers],
         versions={"torch": str(torch.__version__), "shoal": _version()},
-        aliases=aliases(binding.model),
-        extra={"threads": facts.threads, "values": values, "optimizer": type(binding.optimizer).__name__},
-    )
+        aliases={b.prefix + a: b.prefix + n for b in bindings for a, n in aliases(b.model).items()},
+        extra={
+            "threads": facts.threads, "values": values, "optimizers": _optimizers(bindings),
+            "steps": {b.prefix: b.engine.steps for b in bindings},
+            "scales": {b.prefix: b.engine.scale.state() for b in bindings if b.engine.scale is not None},
+        },
+    )  # fmt: skip
+
+
+def _groups(bindings: Bindings) -> list[tuple[list[str], dict[str, object]]]:
+    """Every group of every optimizer, with the names of its parameters."""
+    return [
+        ([binding.prefix + n for n in names], cast(dict[str, object], group))
+        for binding in bindings
+        for optimizer, groups in zip(binding.optimizers, binding.group_names, strict=True)
+        for names, group in zip(groups, optimizer.param_groups, strict=True)
+    ]
+
+
+def _optimizers(bindings: Bindings) -> list[str]:
+    return [type(o).__name__ for b in bindings for o in b.optimizers]
 
 
 def _version() -> str:
@@ -107,7 +131,8 @@ def _version() -> str:
 
 
 def load(
-    binding: Binding, path: Path, here: Facts, resolved: Resolved, share: Share, rebuild: Callable[[str], Binding]
+    bindings: Bindings, path: Path, here: Facts, resolved: Resolved, share: Share,
+    rebuild: Callable[[str, bool], Bindings],
 ) -> Facts:  # fmt: skip
     """Take over a checkpoint of any strategy and world size. Collective.
 
@@ -115,13 +140,13 @@ def load(
         path: a `step-N`, or the directory that holds several.
         here: of this job; the checkpoint's win over those that nobody asked for.
         resolved: who asked for what.
-        rebuild: prepares the same model and optimizer again for another precision.
+        rebuild: prepares the same models and optimizers again for another precision.
 
     Raises:
         ResumeError: another model or optimizer, or explicit settings that contradict; nothing has been changed then.
         DamagedError: it is not whole.
     """
-    reader = Reader.together(path, rank=binding.engine.rank, share=share)
+    reader = Reader.together(path, rank=bindings[0].engine.rank, share=share)
     meta = reader.manifest.meta
     positions = cast(Sequence[Mapping[str, int]], meta.position.get("loaders", ()))
     found = Facts(
@@ -129,22 +154,31 @@ def load(
         seed=meta.seed,
         threads=cast(int, meta.extra.get("threads", 1)),
         precision=str(meta.strategy.get("precision")),
+        twig=cast(int, meta.strategy.get("twig", 1)),
+        masters=cast(bool, meta.strategy.get("masters", True)),
         path=reader.manifest.path,
         positions=positions,
     )
-    for name in ("leaves", "seed", "threads", "precision"):
+    for name in ("leaves", "twig", "seed", "threads", "precision", "masters"):
         _agree(name, getattr(found, name), getattr(here, name), resolved)
-    if found.precision != here.precision:
-        binding = rebuild(found.precision)
-    _compare(binding, reader)
-    binding.set_leaves(found.leaves)
+    if (found.precision, found.masters) != (here.precision, here.masters):
+        bindings = rebuild(found.precision, found.masters)
+    _compare(bindings, reader)
     with torch.no_grad():
-        _fill(binding, reader)
+        for binding in bindings:
+            binding.set_leaves(found.leaves, found.twig)
+            _fill(binding, reader)
+    facts = reader.manifest.meta
+    for (_, group), saved in zip(_groups(bindings), facts.groups, strict=True):
+        group.update(cast(Mapping[str, object], saved["settings"]))
+    schedulers = [s for b in bindings for s in b.schedulers]
+    for scheduler, saved in zip(schedulers, facts.schedulers, strict=False):
+        scheduler.load_state_dict(dict(saved))
     return found
 
 
 def _agree(name: str, saved: object, here: object, resolved: Resolved) -> None:
-    """Leaves, seed, threads and precision are part of the numbers."""
+    """Leaves, twig, seed, threads and precision are part of the numbers."""
     if saved != here and resolved.explicit(name):
         raise ResumeError(
             f"the checkpoint was made with {name}={saved}, this job has {name}={here} ({resolved.origins[name]})",
@@ -154,40 +188,52 @@ def _agree(name: str, saved: object, here: object, resolved: Resolved) -> None:
 
 
 def _fill(binding: Binding, reader: Reader) -> None:
-    facts = reader.manifest.meta
-    engine, optimizer = binding.engine, binding.optimizer
+    engine, prefix = binding.engine, binding.prefix
     for unit in engine.units:
-        wants = [(p, unit.pieces[p.name].detach().view(-1)) for p in unit.layout.pieces(unit.shard.rank)]
-        reader.read_into("param", wants)
-        for interval, _ in wants:
-            _load_state(binding, reader, interval, unit.pieces[interval.name])
+        places = [(p, unit.pieces[p.name]) for p in unit.layout.pieces(unit.shard.rank)]
+        wants = [(replace(p, name=prefix + p.name), piece) for p, piece in places]
+        reader.read_into("param", [(p, piece.detach().view(-1)) for p, piece in wants])
+        for interval, piece in wants:
+            _load_state(binding, reader, interval, piece)
         unit.after_load()
     for name, buffer in engine.model.named_buffers():
-        buffer.copy_(reader.buffer(name))
-    for group, saved in zip(optimizer.param_groups, facts.groups, strict=True):
-        group.update(cast(Mapping[str, object], saved["settings"]))
-    for scheduler, saved in zip(binding.schedulers, facts.schedulers, strict=False):
-        scheduler.load_state_dict(dict(saved))
-    engine.steps = reader.manifest.step
+        buffer.copy_(reader.buffer(prefix + name))
+    steps = cast(Mapping[str, int], reader.manifest.meta.extra.get("steps", {}))
+    engine.steps = steps.get(prefix, reader.manifest.step)
+    scales = cast(Mapping[str, dict[str, float | int]], reader.manifest.meta.extra.get("scales", {}))
+    if engine.scale is not None and prefix in scales:
+        engine.scale.load(scales[prefix])
 
 
-def _compare(binding: Binding, reader: Reader) -> None:
-    model, facts = binding.model, reader.manifest.meta
-    reader.compare({n: tuple(p.shape) for n, p in model.named_parameters()})
-    reader.compare({n: tuple(b.shape) for n, b in model.named_buffers()}, "buffer")
-    saved = [cast(Sequence[str], g["params"]) for g in facts.groups]
-    if [list(names) for names in saved] != binding.group_names:
+def _compare(bindings: Bindings, reader: Reader) -> None:
+    facts = reader.manifest.meta
+    reader.compare({b.prefix + n: tuple(p.shape) for b in bindings for n, p in b.model.named_parameters()})
+    buffers = {b.prefix + n: tuple(v.shape) for b in bindings for n, v in b.model.named_buffers()}
+    reader.compare(buffers, "buffer")
+    wanted, there = _optimizers(bindings), facts.extra.get("optimizers")
+    if wanted != there:
         raise ResumeError(
-            f"the optimizer has groups of {[len(n) for n in binding.group_names]} parameters, the checkpoint "
+            f"the checkpoint was saved with {_listed(there)}, this job has {_listed(wanted)}",
+            remedy=f"use {_listed(there)}",
+        )
+    saved = [list(cast(Sequence[str], g["params"])) for g in facts.groups]
+    here = [names for names, _ in _groups(bindings)]
+    if saved != here:
+        raise ResumeError(
+            f"the optimizer has groups of {[len(n) for n in here]} parameters, the checkpoint "
             f"{[len(n) for n in saved]} or others",
             remedy="make the optimizer's groups as they were when the checkpoint was saved",
         )
-    wanted, name = type(binding.optimizer).__name__, facts.extra.get("optimizer")
-    if wanted != name:
-        raise ResumeError(f"the checkpoint was saved with {name}, this job has {wanted}", remedy=f"use {name}")
 
 
-def _load_state(binding: Binding, reader: Reader, interval: Interval, piece: Tensor) -> None:
+def _listed(names: object) -> str:
+    return " and ".join(map(str, cast(Sequence[object], names))) if isinstance(names, list) else str(names)
+
+
+def _load_state(binding: Binding, reader: Reader, interval: Interval, piece: nn.Parameter) -> None:
+    holder = binding.holder.get(piece)
+    if holder is None:
+        return
     name = interval.name
     state: dict[str, object] = {}
     for kind in reader.state_kinds(name):
@@ -201,6 +247,6 @@ def _load_state(binding: Binding, reader: Reader, interval: Interval, piece: Ten
     values = cast(Mapping[str, Mapping[str, object]], reader.manifest.meta.extra.get("values", {}))
     state.update(values.get(name, {}))
     if state:
-        binding.optimizer.state[piece] = state
+        holder.state[piece] = state
     else:
-        binding.optimizer.state.pop(piece, None)
+        holder.state.pop(piece, None)

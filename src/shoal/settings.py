@@ -28,7 +28,9 @@ class Settings(BaseModel):
     ranks_per_copy: Annotated[int, Field(ge=1)] | Literal["host"] | None = Field(
         None, description="ranks that hold one model together, at least 1, or host; none: what the strategy says"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="what is computed in")
+    twig: int = Field(1, ge=1, description="neighbouring leaves added in place before the tree, at least 1")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what is computed in")
+    masters: bool = Field(True, description="true or false: whether bfloat16 has float32 masters")
     cut: Literal["even", "parameter"] = Field("even", description="where shards may end")
     seed: int = Field(0, description="a whole number")
     threads: int = Field(1, ge=1, description="threads of each rank, at least 1")

@@ -31,6 +31,8 @@ def settle_settings(strategy: str | Strategy | None, given: Mapping[str, object]
         own = {
             "strategy": strategy.name, "leaves": strategy.leaves, "ranks_per_copy": strategy.ranks_per_copy,
             "precision": strategy.precision if strategy.precision != "float32" else None,
+            "twig": strategy.twig if strategy.twig != 1 else None,
+            "masters": False if not strategy.masters else None,
             "cut": strategy.cut.value if strategy.cut is not Cut.EVEN else None,
         }  # fmt: skip
         code = {k: v for k, v in own.items() if v is not None} | code
@@ -52,6 +54,8 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
         base,
         ranks_per_copy=base.ranks_per_copy if ranks is None else ranks,
         leaves=s.leaves,
+        twig=s.twig,
+        masters=s.masters,
         precision=s.precision,
         cut=Cut(s.cut),
         reduce=given.reduce if isinstance(given, Strategy) else base.reduce,

@@ -25,7 +25,8 @@ class Cut(Enum):
     PARAMETER = "parameter"  # between parameters only (layer-wise)
 
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
+REDUCTIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,11 @@ class Strategy:
         ranks_per_copy: ranks that hold one model together. None: the world, or 1 if nothing is sharded; "host": the
             ranks of one host.
         leaves: micro-batches of one step, whoever computes them. None: the world at first start.
-        precision: "float32" computes in the model's own dtypes; "bfloat16" computes float32 parameters in bfloat16 and
-            keeps float32 masters for the update.
+        twig: so many neighbouring leaves are added in place, one after the other, before the tree: fewer buffers and
+            less traffic, no finer division of work. Part of the numbers.
+        precision: "float32" computes in the model's own dtypes; "bfloat16" and "float16" compute float32 parameters in
+            that dtype and keep float32 masters for the update; "float16" scales losses.
+        masters: False, with bfloat16 only: no float32 masters; updates are rounded stochastically.
         reduce: the dtype in which gradients travel and are summed (wider parameters keep their own).
         cut: where shards may end.
 
@@ -52,7 +56,9 @@ class Strategy:
     shard: Shard = Shard.NOTHING
     ranks_per_copy: int | Literal["host"] | None = None
     leaves: int | None = None
+    twig: int = 1
     precision: str = "float32"
+    masters: bool = True
     reduce: str = "float32"
     cut: Cut = Cut.EVEN
 
@@ -67,10 +73,18 @@ class Strategy:
             )
         if self.leaves is not None and self.leaves < 1:
             raise StrategyError(f"leaves={self.leaves}: a step has at least one leaf", remedy="leaves=1")
-        for field in ("precision", "reduce"):
-            if getattr(self, field) not in PRECISIONS:
-                value = getattr(self, field)
-                raise StrategyError(f"{field}={value!r} is not known", remedy=nearest(str(value), PRECISIONS))
+        if self.twig < 1:
+            raise StrategyError(f"twig={self.twig}: a twig has at least one leaf", remedy="twig=1")
+        for field, known in (("precision", PRECISIONS), ("reduce", REDUCTIONS)):
+            value = str(getattr(self, field))
+            if value not in known:
+                raise StrategyError(f"{field}={value!r} is not known", remedy=nearest(value, known))
+        if not self.masters and self.precision != "bfloat16":
+            raise StrategyError(
+                f"masters=False with precision={self.precision!r}",
+                cause="only bfloat16 is rounded stochastically; float16 has too small a range for weights",
+                remedy='precision="bfloat16", or masters=True',
+            )
 
     @classmethod
     def named(cls, name: str) -> Strategy:

@@ -25,12 +25,12 @@ class Script(Group):
     def share(self, verb: str, data: bytes) -> list[bytes]:
         assert verb == "meet"
         tail = data[16:]
-        return [data, *(struct.pack("<qq", want, number) + tail.upper() for want, number in self.rounds.pop(0))]
+        return [data, *(struct.pack("<qii", number, want, 0) + tail.upper() for want, number in self.rounds.pop(0))]
 
 
 def meeting(*rounds: Sequence[tuple[Want, int]]) -> tuple[Meeting, list[int]]:
     met, granted = Meeting(Script(*rounds)), list[int]()
-    met.grant = granted.append
+    met.granters.append(granted.append)
     return met, granted
 
 
@@ -84,6 +84,12 @@ def test_different_wishes_are_named(ours: tuple[Want, int], theirs: tuple[Want, 
     assert granted == []
 
 
+def test_wishes_for_another_model_differ() -> None:
+    met, _ = meeting([(Want.STEP, 1)])
+    with pytest.raises(DivergedError, match="rank 0 ends step 1 of model 2; rank 1 ends step 1"):
+        met.meet(Want.STEP, 1, model=2)
+
+
 def test_every_wish_has_words() -> None:
     said = [str(Intent(want, 7)) for want in Want]
     assert len(set(said)) == len(Want)
@@ -105,7 +111,7 @@ def test_ranks_that_need_different_units(seed: int) -> None:
     def program(rank: int) -> list[int]:
         carrier, _ = find_carrier(1.0)
         met, granted = Meeting(Group("world", range(4), carrier)), list[int]()
-        met.grant = granted.append
+        met.granters.append(granted.append)
         for unit in needs[rank]:
             met.meet(Want.GATHER, unit)
         assert met.meet(Want.LEAF_END, 0) == [b""] * 4

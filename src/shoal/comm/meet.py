@@ -31,6 +31,7 @@ class Want(IntEnum):
     LOAD = 12
     LOADER = 13
     CLOSE = 14
+    ASIDE = 15  # what a model did for another one's sake is over
 
 
 _WORDS = {
@@ -48,20 +49,22 @@ _WORDS = {
     Want.LOAD: "is in job.load",
     Want.LOADER: "starts a loader with fingerprint {}",
     Want.CLOSE: LAST_DOING,
+    Want.ASIDE: "goes on after step {}",
 }
 
 
 class Intent(NamedTuple):
-    """What a rank wants, and of which (unit, turn, step)."""
+    """What a rank wants, of which (unit, turn, step), and for which of the job's models."""
 
     want: Want
     number: int = 0
+    model: int = 0
 
     def __str__(self) -> str:
-        return _WORDS[self.want].format(self.number)
+        return _WORDS[self.want].format(self.number) + (f" of model {self.model}" if self.model else "")
 
 
-_HEAD = struct.Struct("<qq")
+_HEAD = struct.Struct("<qii")
 
 
 class Meeting:
@@ -73,24 +76,24 @@ class Meeting:
 
     def __init__(self, world: Group) -> None:
         self.world, self.room = world, 0
-        self.grant: Callable[[int], None] = lambda _unit: None  # takes part in gathering a unit
+        self.granters: list[Callable[[int], None]] = []  # each takes part in gathering units of one model
 
     def make_room(self, nbytes: int) -> None:
         """Messages of up to `nbytes` travel with the wish, from the same call on for all ranks."""
         self.room = max(self.room, nbytes)
 
-    def meet(self, want: Want, number: int = 0, payload: bytes = b"") -> list[bytes]:
+    def meet(self, want: Want, number: int = 0, payload: bytes = b"", *, model: int = 0) -> list[bytes]:
         """Return the payloads of all ranks when all want the same; until then, grant gathers.
 
         Raises:
             DivergedError: ranks want different things, with what each of them wants.
         """
-        mine = Intent(want, number)
+        mine = Intent(want, number, model)
         assert len(payload) <= self.room, f"{mine}: {len(payload)} bytes do not fit into {self.room}"
         self.world.carrier.note(str(mine))
         while True:
-            heads = self.world.share("meet", _HEAD.pack(*mine) + payload.ljust(self.room, b"\0"))
-            intents = [Intent(Want(w), n) for w, n in (_HEAD.unpack_from(h) for h in heads)]
+            heads = self.world.share("meet", _HEAD.pack(number, want, model) + payload.ljust(self.room, b"\0"))
+            intents = [Intent(Want(w), n, m) for n, w, m in (_HEAD.unpack_from(h) for h in heads)]
             needed = [i.number for i in intents if i.want is Want.GATHER]
             if not needed and all(i == mine for i in intents):
                 return [h[_HEAD.size : _HEAD.size + len(payload)] for h in heads]
@@ -101,6 +104,7 @@ class Meeting:
                     remedy="let job.loader or a prepared loader hand out batches; keep calls of the job out of "
                     "`if job.rank == 0`",
                 )
-            self.grant(min(needed))
-            if mine == Intent(Want.GATHER, min(needed)):
+            for grant in self.granters:
+                grant(min(needed))
+            if mine[:2] == (Want.GATHER, min(needed)):
                 return []

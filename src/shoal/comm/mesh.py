@@ -27,3 +27,8 @@ class Mesh:
             shard=Group("shard", range(first, first + ranks_per_copy), carrier),
             copies=Group("copies", range(place, carrier.size, ranks_per_copy), carrier),
         )
+
+    def again(self, number: int) -> Mesh:
+        """The same grid for another model: what travels for one never meets what travels for the other."""
+        shard, copies = (Group(f"{g.name}{number}", g.ranks, g.carrier) for g in (self.shard, self.copies))
+        return Mesh(self.world, shard, copies)

@@ -25,7 +25,7 @@ class Loop:
 
     def __init__(self, feed: LeafFeed) -> None:
         self.outer, self.handed, self.more, self.means = feed.loop, feed.handed, feed.more, feed.means
-        self.coming = feed.engine.coming if feed.engine is not None else None
+        self.coming = [engine.coming for engine in feed.engines]
         self.states = get_states()
 
 
@@ -42,15 +42,29 @@ class LeafFeed:
         self.strategy, self.seed, self.mesh = strategy, seed, mesh
         self.say: Callable[[str], None] | None = say
         self.means = Means(meeting)
-        self.engine: Engine | None = None
+        self.engines: list[Engine] = []
+        self.stepped: list[Engine] = []  # models whose optimizers have stepped in the leaf under way
+        self.acted, self.opened = False, False
         self.handed: Handed | None = None
         self.more = 0  # batches of the leaf under way after its first
         self.loop: Loop | None = None
 
-    def bind(self, engine: Engine) -> None:
-        """The model is prepared."""
-        self.engine = engine
-        engine.on_open = self._leaf_opens
+    def bind(self, engine: Engine, instead_of: Engine | None = None) -> None:
+        """A model is prepared."""
+        if instead_of is not None:
+            self.engines[self.engines.index(instead_of)] = engine
+        else:
+            self.engines.append(engine)
+        engine.on_open, engine.seed = self._leaf_opens, self.seed
+        if len(self.engines) > 1:
+            for each in self.engines:
+                each.run_all_turns()
+
+    def set_seed(self, seed: int) -> None:
+        """Another seed for the job."""
+        self.seed = seed
+        for engine in self.engines:
+            engine.seed = seed
 
     @property
     def rank(self) -> int:
@@ -64,25 +78,48 @@ class LeafFeed:
     @property
     def step(self) -> int:
         """Steps that have acted."""
-        return self.engine.steps if self.engine is not None else 0
+        return max((engine.steps for engine in self.engines), default=0)
 
     def new_turns(self, present: int) -> Turns:
         """The leaves of a step of which the first `present` have data."""
         assignment = setup.leaves_of(self.strategy, self.mesh, rules(self.strategy))
-        return Turns(self.leaves, present, assignment, self.mesh.shard.size, every_leaf=False)
+        several = len(self.engines) > 1
+        return Turns(self.leaves, present, assignment, self.mesh.shard.size, every_leaf=False, all_turns=several)
 
     def hand_out(self, handed: Handed) -> None:
         """A batch is about to reach the user."""
+        for engine in self.engines:
+            engine.before_open()
+        self._advance()
         self.handed = handed
         self.means.begin(handed)
-        if self.engine is not None:
-            self.engine.coming = LeafInfo(handed.leaf, handed.weight, handed.turns.present)
-            if self.engine.leaf is not None:  # one more batch of the same leaf: random numbers of its own
-                self.more += 1
-                everything(mix("more", self.seed, self.step, str(handed.leaf), self.more))
-                return
+        for engine in self.engines:
+            engine.coming = LeafInfo(handed.leaf, handed.weight, handed.turns.present)
+        if any(engine.leaf is not None for engine in self.engines):  # one more batch of the same leaf
+            self.more += 1
+            everything(mix("more", self.seed, self.step, str(handed.leaf), self.more))  # random numbers of its own
+            return
         self.more = 0
         set_seed(self.seed, self.step, handed.leaf)
+
+    def ended(self, engine: Engine, acted: bool) -> None:
+        """A model's optimizers have ended its leaf. The job's leaf ends with the last model's."""
+        self.stepped.append(engine)
+        self.acted |= acted
+        if len(self.stepped) == len(self.engines):
+            self._advance()
+        else:
+            engine.rest()
+
+    def _advance(self) -> None:
+        for engine in self.stepped:
+            if engine.resting:
+                engine.wake()
+        self.stepped.clear()
+        self.opened = False
+        if self.acted:
+            self.acted = False
+            self.between_steps()
 
     def begin(self) -> Loop:
         """A loop over batches begins, perhaps inside another."""
@@ -95,8 +132,8 @@ class LeafFeed:
         if not isinstance(loop, Loop) or self.loop is not loop:  # another one has begun since
             return
         self.loop, self.handed, self.more, self.means = loop.outer, loop.handed, loop.more, loop.means
-        if self.engine is not None:
-            self.engine.coming = loop.coming
+        for engine, coming in zip(self.engines, loop.coming, strict=False):
+            engine.coming = coming
         if self.handed is None:
             set_seed(self.seed, self.step)
         else:
@@ -118,25 +155,24 @@ class LeafFeed:
             "bits at this world size only; for any, leaves= and step() after every batch"
         )
 
-    def _leaf_opens(self, leaf: Leaf) -> None:
+    def _leaf_opens(self, engine: Engine, leaf: Leaf) -> None:
         """Tell the others; set the generators for a leaf that no loader handed out."""
-        self.mesh.world.carrier.note(f"computes leaf {leaf.number} of step {self.step}")
-        if self.handed is None and self.engine is not None:
-            self.means.begin(Handed(leaf.number, leaf.weight, self.engine.turn, self.engine.turns))
-            set_seed(self.seed, self.step, leaf.number)
+        self.mesh.world.carrier.note(f"computes leaf {leaf.number} of step {engine.steps}")
+        if self.handed is None and not self.opened:
+            self.means.begin(Handed(leaf.number, leaf.weight, engine.turn, engine.turns))
+            set_seed(self.seed, engine.steps, leaf.number)
+        self.opened = True
 
     def weigh(self, weight: float) -> None:
         """The user says how much the leaf under way weighs."""
-        assert self.engine is not None
-        self.engine.set_weight(weight)
+        for engine in self.engines:
+            engine.set_weight(weight)
         self.means.weigh(weight)
 
     def mean(self, value: float | Tensor) -> float | None:
         """See `Job.mean`."""
         if self.means.handed is None:  # outside of all leaves every rank counts once
-            ranks = self.mesh.world.size
-            one_each = Turns(ranks, ranks, tuple((r,) for r in range(ranks)), 1, every_leaf=False)
-            self.means.begin(Handed(self.rank, 1.0, 0, one_each))
+            self.means.begin(Handed(self.rank, 1.0, 0, Turns.one_each(self.mesh.world.size)))
         if isinstance(value, Tensor):
             value = 0.0 if value.is_meta else float(value.detach())
         return self.means.mean(value, self.rank, self.step)

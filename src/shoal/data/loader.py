@@ -109,10 +109,12 @@ class Loader(Generic[T_co]):
             leaves = steps[number]
             turns = self.feed.new_turns(len(leaves))
             turns.learn({leaf: batch.weight for leaf, batch in enumerate(leaves)})
-            for turn, leaf in enumerate(turns.of(self.feed.rank)):
-                found.append((number, Handed(leaf, leaves[leaf].weight, turn, turns), leaves[leaf].indices))
-            if not turns.of(self.feed.rank):
-                found.append((number, Handed(None, 0.0, 0, turns), leaves[0].indices))
+            for turn in range(turns.run_by(self.feed.rank)):
+                leaf = turns.leaf(self.feed.rank, turn)
+                batch = leaves[leaf or 0]
+                found.append(
+                    (number, Handed(leaf, batch.weight if leaf is not None else 0.0, turn, turns), batch.indices)
+                )
         return found
 
     def position(self) -> dict[str, int]:

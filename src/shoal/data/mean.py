@@ -39,7 +39,7 @@ class Means:
         self.calls += 1
         if handed.leaf is not None:
             mine[handed.leaf] = (value, handed.weight)
-        if handed.turn < len(handed.turns.of(rank)) - 1:
+        if handed.turn < handed.turns.run_by(rank) - 1:
             return None
         self.meeting.meet(Want.MEAN, step)
         packed = b"".join(_VALUE.pack(leaf, v, w) for leaf, (v, w) in mine.items())

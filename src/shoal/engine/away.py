@@ -47,6 +47,12 @@ class AwayGrad(Tensor):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> NoReturn:
+        if getattr(func, "__name__", "") == "_amp_foreach_non_finite_check_and_unscale_":
+            raise AwayError(
+                "a GradScaler would unscale gradients that live in shards",
+                remedy='shoal.init(..., precision="float16") scales losses itself; call loss.backward() and '
+                "optimizer.step() without the GradScaler",
+            )
         _refuse(args)
 
     @classmethod

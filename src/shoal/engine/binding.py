@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -24,56 +25,84 @@ from shoal.strategy import Strategy
 
 
 class Binding:
-    """One model and its optimizer under one engine.
+    """One model and its optimizers under one engine.
 
     Args:
-        acted: called after every step that acted.
+        engine: of the model.
+        optimizers: the user's, over different parameters of the model.
+        names: of every piece, its parameter.
+        s: the strategy.
+        prefix: of this model's names in checkpoints.
+        ended: called when every optimizer has ended the leaf under way, with whether that updated the model.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        optimizer: Optimizer,
-        names: dict[nn.Parameter, str],
-        s: Strategy,
-        acted: Callable[[], None],
-    ) -> None:
-        self.engine, self.model, self.optimizer, self.names, self.strategy = engine, engine.model, optimizer, names, s
-        self.acted = acted
+        self, engine: Engine, optimizers: Sequence[Optimizer], names: dict[nn.Parameter, str], s: Strategy,
+        ended: Callable[[Engine, bool], None], prefix: str = "",
+    ) -> None:  # fmt: skip
+        self.prefix = prefix
+        self.engine, self.model, self.optimizers = engine, engine.model, list(optimizers)
+        self.names, self.strategy, self.ended = names, s, ended
+        self.holder = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self.stepped = False
+        self.on_step: Callable[[Binding], None] = lambda _binding: None
         self.schedulers: list[LRScheduler] = []
         self.order = {n: i for i, (n, _) in enumerate(self.model.named_parameters())}
         self.handles: list[Handle] = []
-        self.group_names: list[list[str]] = []
+        self.group_names: list[list[list[str]]] = []  # of every optimizer, of every group
         self.look_for_schedulers = True
-        self._step = optimizer.step
-        self._bind_optimizer()
+        self._waiting = list(self.optimizers)  # those that have not stepped in this leaf
+        self._steps = [o.step for o in self.optimizers]
+        for optimizer in self.optimizers:
+            self._bind(optimizer)
+        engine.before_open = self.finish
 
-    def _bind_optimizer(self) -> None:
+    def _bind(self, optimizer: Optimizer) -> None:
         binding = self
 
-        def zero_grad(_self: Optimizer, set_to_none: bool = True) -> None:
-            binding.engine.discard()
-            for param in binding.model.parameters():
+        def zero_grad(optimizer: Optimizer, set_to_none: bool = True) -> None:
+            binding.zero_grad(optimizer)
+
+        optimizer.step = _Step(self, optimizer)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.zero_grad = MethodType(zero_grad, optimizer)
+
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        """What `optimizer.zero_grad()` does now."""
+        names = {n for group in self.group_names[self.optimizers.index(optimizer)] for n in group}
+        if len(self.optimizers) == 1:
+            names |= self.order.keys()
+        self.engine.discard(names)
+        for name, param in self.model.named_parameters():
+            if name in names:
                 param.grad = None
 
-        self.optimizer.step = _Step(self)  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.zero_grad = MethodType(zero_grad, self.optimizer)
-
-    def step(self) -> None:
-        """A leaf ends; with the step's last one, update."""
+    def step(self, optimizer: Optimizer) -> None:
+        """What `optimizer.step()` does now: the first one of a leaf ends it; with the step's last leaf, update."""
         engine = self.engine
         if self.look_for_schedulers and engine.own_turns > 1:
             self._find_schedulers()
-        if engine.turn < engine.own_turns - 1:
-            engine.end_leaf()
-            self.stepped = False
-            return
-        engine.settle()
-        self._step()
-        self.stepped = True
-        engine.after_update()
-        self.acted()
+        if optimizer not in self._waiting:  # it steps again, and the others have not: they leave this leaf out
+            self.finish()
+        if len(self._waiting) == len(self.optimizers):
+            self.stepped = engine.turn >= engine.own_turns - 1
+            if self.stepped:
+                engine.settle()
+            else:
+                engine.end_leaf()
+        self.on_step(self)
+        if self.stepped and engine.overflow is None:
+            self._steps[self.optimizers.index(optimizer)]()
+        self._waiting.remove(optimizer)
+        if not self._waiting:
+            self.finish()
+
+    def finish(self) -> None:
+        """The leaf under way is over for all optimizers, if it was for one."""
+        if len(self._waiting) < len(self.optimizers):
+            self._waiting = list(self.optimizers)
+            if self.stepped:
+                self.engine.after_update()
+            self.ended(self.engine, self.stepped)
 
     def clip_grad_norm(self, max_norm: float) -> float | None:
         """See `Job.clip_grad_norm`."""
@@ -81,7 +110,9 @@ class Binding:
         if engine.turn < engine.own_turns - 1:
             return None
         engine.settle()
-        engine.meeting.meet(Want.CLIP, engine.steps)
+        engine.meeting.meet(Want.CLIP, engine.steps, model=engine.number)
+        if engine.overflow is not None:
+            return math.inf
         norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh.shard)
         scale = min(max_norm / (norm + 1e-6), 1.0)  # in this order NaN stays NaN, as in torch
         with torch.no_grad():
@@ -90,6 +121,11 @@ class Binding:
                     if piece.grad is not None:
                         piece.grad.mul_(scale)
         return norm
+
+    def state(self, piece: nn.Parameter) -> dict[str, object]:
+        """What its optimizer keeps for a piece; empty if it keeps nothing."""
+        holder = self.holder.get(piece)
+        return cast(dict[str, object], holder.state.get(piece, {})) if holder is not None else {}
 
     # ---------------------------------------------------------------- schedulers
 
@@ -110,14 +146,15 @@ class Binding:
     def _find_schedulers(self) -> None:
         """Schedulers that were not given to `prepare`: they must wait too where some leaves do not act."""
         self.look_for_schedulers = False
-        holders = cast(list[object], gc.get_referrers(self.optimizer))
-        dicts: list[object] = []  # a scheduler's attributes, where Python keeps them apart from it
-        for holder in holders:
-            if isinstance(holder, dict) and cast(dict[str, object], holder).get("optimizer") is self.optimizer:
-                dicts.append(cast(object, holder))
-        for holder in holders + (cast(list[object], gc.get_referrers(*dicts)) if dicts else []):
-            if isinstance(holder, LRScheduler) and holder.optimizer is self.optimizer:
-                self.add_scheduler(holder)
+        for optimizer in self.optimizers:
+            holders = cast(list[object], gc.get_referrers(optimizer))
+            dicts: list[object] = []  # a scheduler's attributes, where Python keeps them apart from it
+            for holder in holders:
+                if isinstance(holder, dict) and cast(dict[str, object], holder).get("optimizer") is optimizer:
+                    dicts.append(cast(object, holder))
+            for holder in holders + (cast(list[object], gc.get_referrers(*dicts)) if dicts else []):
+                if isinstance(holder, LRScheduler) and holder.optimizer is optimizer:
+                    self.add_scheduler(holder)
 
     # ---------------------------------------------------------------- state
 
@@ -130,7 +167,7 @@ class Binding:
                 "job.whole in the middle of a leaf" if not engine.leased else "job.whole inside job.whole",
                 remedy="call it before forward or after optimizer.step()",
             )
-        engine.meeting.meet(Want.WHOLE, int(write))
+        engine.meeting.meet(Want.WHOLE, int(write), model=engine.number)
         carrier = engine.mesh.world.carrier
         for unit in engine.units:
             unit.lend()
@@ -146,19 +183,20 @@ class Binding:
             carrier.hold("")
             for unit in engine.units:
                 unit.take_back()
-        engine.meeting.meet(Want.WHOLE, 2)
+        engine.meeting.meet(Want.WHOLE, 2, model=engine.number)
         if write:  # what rests whole may have been written differently on each rank: shards decide
             for unit in engine.units:
                 if unit.resident:
                     unit.gather()
                     unit.wait()
 
-    def set_leaves(self, leaves: int) -> None:
+    def set_leaves(self, leaves: int, twig: int) -> None:
         """Another number of leaves, before the first step."""
-        if leaves != self.strategy.leaves:
-            self.strategy = replace(self.strategy, leaves=leaves)
+        if (leaves, twig) != (self.strategy.leaves, self.strategy.twig):
+            self.strategy = replace(self.strategy, leaves=leaves, twig=twig)
             mesh, every = self.engine.mesh, self.engine.every_leaf
-            self.engine.set_leaves(assign(leaves, mesh.copies.size, mesh.shard.size, every_leaf=every), leaves)
+            assignment = assign(leaves, mesh.copies.size, mesh.shard.size, every_leaf=every, twig=twig)
+            self.engine.set_leaves(assignment, leaves, twig)
 
     def held(self) -> dict[str, int]:
         """Bytes in use, by what they hold."""
@@ -167,8 +205,9 @@ class Binding:
         for unit in engine.units:
             for kind, nbytes in unit.held():
                 sizes[kind] += nbytes
-        for state in self.optimizer.state.values():
-            sizes["optimizer"] += sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor))
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                sizes["optimizer"] += sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor))
         return sizes
 
     def release(self) -> None:
@@ -189,11 +228,12 @@ class Binding:
             for span in unit.layout.spans:
                 params[span.name] = unit.params[span.name]
                 params[span.name].data = flat[span.start : span.stop].view(span.shape).clone()
-        for names, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
-            group["params"] = [params[n] for n in names]
-        self.optimizer.state.clear()
-        self.optimizer.step = self._step  # pyright: ignore[reportAttributeAccessIssue]
-        del self.optimizer.zero_grad
+        for optimizer, step, groups in zip(self.optimizers, self._steps, self.group_names, strict=True):
+            for names, group in zip(groups, optimizer.param_groups, strict=True):
+                group["params"] = [params[n] for n in names]
+            optimizer.state.clear()
+            optimizer.step = step  # pyright: ignore[reportAttributeAccessIssue]
+            del optimizer.zero_grad
         for scheduler in self.schedulers:
             scheduler.__class__ = type(scheduler).__bases__[0]
 
@@ -208,8 +248,8 @@ def _closed(_module: nn.Module, _args: object) -> None:
 class _Step:
     """What `optimizer.step` is now. A scheduler looks for torch's mark on it when it is made: so we know of it."""
 
-    def __init__(self, binding: Binding) -> None:
-        self.binding = binding
+    def __init__(self, binding: Binding, optimizer: Optimizer) -> None:
+        self.binding, self.optimizer = binding, optimizer
 
     @property
     def _wrapped_by_lr_sched(self) -> bool:
@@ -222,5 +262,5 @@ class _Step:
                 "optimizer.step(closure) runs forward and backward inside the step",
                 remedy="loss.backward() first, then optimizer.step()",
             )
-        self.binding.optimizer._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns
-        self.binding.step()
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns
+        self.binding.step(self.optimizer)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,17 @@ from shoal.engine.away import AwayGrad
 from shoal.engine.buffers import Buffers
 from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf, LeafInfo
+from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.schedule import Act, Cursor, Plan, Record, fullest, make_plan
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around
 from shoal.errors import AwayError, OrderError, PlanError
 from shoal.leaves import Assignment
+from shoal.random import mix
 from shoal.rules import Moment, Op, Rules, every_leaf
+
+_OVERFLOW = struct.Struct("<ii")
 
 
 class Engine:
@@ -35,41 +40,53 @@ class Engine:
         rules: what happens to a unit, and when.
         assignment: which rank computes which leaf.
         leaves: L, of one step.
+        twig: see `Strategy`.
         overlap: follow a plan from the second leaf on; False: any number of backward calls, nothing at the same time.
+        number: of the model in its job.
+        scale: of losses; None: they are not scaled.
     """
 
     def __init__(
         self, model: nn.Module, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules,
-        assignment: Assignment, leaves: int, *, overlap: bool = True,
+        assignment: Assignment, leaves: int, *, twig: int = 1, overlap: bool = True, number: int = 0,
+        scale: LossScale | None = None,
     ) -> None:  # fmt: skip
+        self.number, self.scale, self.by_index = number, scale, {u.index: u for u in units}
+        self.all_turns = False
         self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
         self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
-        self.gradients = Gradients(units, mesh, meeting, rules)
-        self.set_leaves(assignment, leaves)
+        self.gradients = Gradients(units, mesh, meeting, rules, number, scale)
+        self.set_leaves(assignment, leaves, twig)
         self.plan: Plan | None = None
         self.expected = Counter[int]()
         self.leaf: Leaf | None = None
         self.coming: LeafInfo | None = None
         self.steps, self.turn, self.turns_done = 0, 0, 0
         self.settled, self.leased = False, False
+        self.resting = False  # this model has stepped, and others of the job have not
+        self.overflow: tuple[Overflow, int] | None = None  # of this step, and the rank
+        self.seed = 0
+        self.say: Callable[[str], None] = lambda _text: None
+        self.before_open: Callable[[], None] = lambda: None
         self.buffers = Buffers(model, mesh.world)
-        self.on_open: Callable[[Leaf], None] = lambda _leaf: None
+        self.on_open: Callable[[Engine, Leaf], None] = lambda _engine, _leaf: None
         self._wanted: int | None = None
-        meeting.grant = self.grant
+        meeting.granters.append(self.grant)
 
     # ---------------------------------------------------------------- steps and leaves
 
-    def set_leaves(self, assignment: Assignment, leaves: int) -> None:
+    def set_leaves(self, assignment: Assignment, leaves: int, twig: int) -> None:
         """Fix the leaves of a step. Only between steps."""
-        self.assignment, self.leaves = assignment, leaves
+        self.assignment, self.leaves, self.twig = assignment, leaves, twig
         self.every_leaf = every_leaf(self.rules[Moment.AFTER_BACKWARD])
         self.gathers = any(r.op is Op.GATHER for r in self.rules[Moment.BEFORE_FORWARD])
-        self.meeting.make_room(max(8 * leaves, len(self.gradients.names) // 8 + 2))
+        self.meeting.make_room(max(8 * leaves, len(self.gradients.names) // 8 + 2 + _OVERFLOW.size))
         self._new_step(leaves)
 
     def _new_step(self, present: int) -> None:
         self.turns = Turns(
-            self.leaves, present, self.assignment, self.mesh.shard.size, every_leaf=self.every_leaf
+            self.leaves, present, self.assignment, self.mesh.shard.size, every_leaf=self.every_leaf,
+            all_turns=self.all_turns, twig=self.twig,
         )  # fmt: skip
         self.turn, self.settled = 0, False
         self.gradients.begin(self.turns)
@@ -87,11 +104,15 @@ class Engine:
     @property
     def own_turns(self) -> int:
         """How many turns of this step run user code on this rank: at least one, so that all ranks run it."""
-        return max(1, len(self.turns.of(self.rank)))
+        return self.turns.run_by(self.rank)
 
     def open(self) -> None:
         """Begin a leaf, unless one is under way."""
         if self.leaf is not None or self.leased:
+            return
+        self.before_open()
+        if self.resting:
+            self._open_aside()
             return
         if self.settled:
             raise OrderError(
@@ -111,14 +132,50 @@ class Engine:
         self._open(number, info.weight)
         assert self.leaf is not None
         self.buffers.begin(first=self.turn == 0)
-        self.on_open(self.leaf)
+        self.on_open(self, self.leaf)
 
     def _open(self, number: int | None, weight: float) -> None:
         if self.gathers:
-            self.meeting.meet(Want.LEAF, self.turns_done)
+            self._meet(Want.LEAF, self.turns_done)
         entries = [e for e in self.plan or () if e.act is Act.GATHER or self.turns.reduces(self.turn)]
         cursor = Cursor(tuple(entries)) if self.plan is not None else None
         self.leaf = Leaf(number, weight, self.turn, self.turns_done, cursor)
+
+    def _meet(self, want: Want, number: int, payload: bytes = b"") -> list[bytes]:
+        return self.meeting.meet(want, number, payload, model=self.number)
+
+    # ---------------------------------------------------------------- beside other models
+
+    def run_all_turns(self) -> None:
+        """User code runs on all ranks in all turns: models take turns in it, and nobody may be ahead."""
+        self.all_turns = True
+        self._new_step(self.leaves)
+
+    def rest(self) -> None:
+        """This model has stepped, and others of the job have not: what runs through it now is theirs."""
+        self.resting = True
+
+    def _open_aside(self) -> None:
+        """A forward for the sake of another model: a generator's loss is the discriminator's output."""
+        self.leaf = Leaf(None, 0.0, self.turn, self.turns_done, None)
+        self.buffers.begin(first=True)
+
+    def wake(self) -> None:
+        """All models have stepped, or the loader hands out the next batch. Collective."""
+        self.resting = False
+        leaf, self.leaf = self.leaf, None
+        acted = self.turn == 0
+        if leaf is not None:
+            self.gradients.drop_held(leaf)
+            self._free_all()
+            self.buffers.end(self.rank if acted else None, 1.0)
+        if acted and any(self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed]))):
+            self.buffers.settle(Turns.one_each(self.mesh.world.size))
+
+    def _free_all(self) -> None:
+        for unit in self.units:
+            if not unit.resident and (unit.here or unit.coming):
+                unit.free()
 
     def _check_parameters(self) -> None:
         """What the user may have done to them between two leaves, and nobody was told."""
@@ -134,6 +191,8 @@ class Engine:
 
     def set_weight(self, weight: float) -> None:
         """The weight of the leaf under way, or of the next."""
+        if self.resting:
+            return
         if self.leaf is None:
             self.open()
         assert self.leaf is not None
@@ -145,13 +204,17 @@ class Engine:
 
     def end_leaf(self) -> None:
         """The leaf's last backward has run: take what is left, take part in what others still need."""
-        leaf = self.leaf
-        if leaf is None:
+        if self.leaf is None or self.resting:
+            if self.resting:
+                raise OrderError(
+                    f"the optimizer of model {self.number} stepped again before those of the job's other models",
+                    remedy="take a batch from a loader for every step, or step all models once per batch",
+                )
             self.open()
-            leaf = self.leaf
+        leaf = self.leaf
         assert leaf is not None
         if leaf.cursor is None and self.gathers:
-            self.meeting.meet(Want.LEAF_END, self.turns_done)
+            self._meet(Want.LEAF_END, self.turns_done)
         self.buffers.end(leaf.number, leaf.weight)
         trainable = [u for u in reversed(self.units) if u.trainable]
         for unit in trainable:
@@ -163,9 +226,7 @@ class Engine:
         elif self.turns.reduces(self.turn):
             for unit in trainable:
                 self.gradients.start(unit, leaf)
-        for unit in self.units:
-            if not unit.resident and (unit.here or unit.coming):
-                unit.free()
+        self._free_all()
         if self.plan is None and self.overlap:
             self._make_plan(leaf)
         if leaf.number is not None:
@@ -195,16 +256,25 @@ class Engine:
         bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)
         bits |= self.buffers.changed << len(names)
         size = len(names) // 8 + 1
+        mine = _OVERFLOW.pack(*(self.gradients.overflow or (-1, -1)))
         everyone = 0
-        for answer in self.meeting.meet(Want.STEP, self.steps, bits.to_bytes(size, "little")):
-            everyone |= int.from_bytes(answer, "little")
-        self.gradients.hand_out({n for i, n in enumerate(names) if everyone >> i & 1})
+        overflows: list[tuple[Overflow, int]] = []
+        for rank, answer in enumerate(self._meet(Want.STEP, self.steps, mine + bits.to_bytes(size, "little"))):
+            everyone |= int.from_bytes(answer[_OVERFLOW.size :], "little")
+            overflow = Overflow(*_OVERFLOW.unpack_from(answer))
+            overflows += [(overflow, rank)] if overflow.leaf >= 0 else []
+        self.overflow = min(overflows, default=None)
+        touched = {n for i, n in enumerate(names) if everyone >> i & 1}
+        self.gradients.hand_out(touched if self.overflow is None else set())
         if everyone >> len(names):
             self.buffers.settle(self.turns)
         self.settled = True
 
     def after_update(self) -> None:
         """The optimizer has stepped: make what rests here whole and current, forget gradients, begin the next step."""
+        for unit in self.units:
+            unit.narrow(lambda name: mix("round", self.seed, self.steps, name))
+        self._rescale()
         for unit in self.units:
             if unit.trainable:
                 self.at(Moment.AFTER_UPDATE, unit)
@@ -214,10 +284,21 @@ class Engine:
         self.steps += 1
         self._new_step(self.leaves)
 
-    def discard(self) -> None:
-        """`zero_grad()`: in mid-leaf it forgets what this leaf has gathered."""
-        if self.leaf is not None and self.leaf.touched:
-            self.gradients.discard(self.leaf)
+    def _rescale(self) -> None:
+        if self.scale is None:
+            return
+        before, name = self.scale.scale, ""
+        if self.overflow is not None:
+            (leaf, parameter), rank = self.overflow
+            name = self.gradients.names[parameter]
+            where = f"in leaf {leaf} of step {self.steps} (rank {rank})"
+            self.say(f"the gradient of '{name}' overflowed {where}: no update, loss scale {before:g} -> {before / 2:g}")
+        self.scale.update(overflowed=self.overflow is not None, name=name)
+        self.overflow = None
+
+    def discard(self, names: Collection[str]) -> None:
+        """`zero_grad()` for some parameters: in mid-leaf it forgets what this leaf has gathered for them."""
+        self.gradients.discard(names, self.leaf)
 
     # ---------------------------------------------------------------- moments
 
@@ -379,7 +460,7 @@ class Engine:
                     self._free(other)
         while unit.coming is None and not unit.here:
             self._wanted = unit.index
-            self.meeting.meet(Want.GATHER, unit.index)
+            self._meet(Want.GATHER, unit.index)
             self._wanted = None
         unit.wait()
         if self.leaf is not None:
@@ -387,8 +468,10 @@ class Engine:
         self._prefetch()
 
     def grant(self, index: int) -> None:
-        """Take part in gathering a unit that some rank needs."""
-        unit = self.units[index]
+        """Take part in gathering a unit that some rank needs, if it is one of this model."""
+        unit = self.by_index.get(index)
+        if unit is None:
+            return
         before = unit.here
         unit.gather()
         unit.wait()
@@ -421,7 +504,7 @@ class Engine:
         if entry is None:
             return False
         leaf.cursor.at += 1
-        unit = self.units[entry.unit]
+        unit = self.by_index[entry.unit]
         if entry.act is Act.GATHER:
             leaf.again[entry.unit] = entry.keep
             unit.gather()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine.away import AwayGrad
 from shoal.engine.leaf import Leaf
+from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.sums import Flow, Pool, Sum, Sums, agree, drain, new_tree, own, swap
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
@@ -36,9 +37,16 @@ class Gradients:
         mesh: the grid of ranks.
         meeting: where ranks tell each other the weights of their leaves.
         rules: those of the moment after backward say what travels, and in which turn.
+        number: of the model in its job.
+        scale: of losses, by which gradients are divided as they are taken.
     """
 
-    def __init__(self, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules) -> None:
+    def __init__(
+        self, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules, number: int,
+        scale: LossScale | None,
+    ) -> None:  # fmt: skip
+        self.number, self.scale = number, scale
+        self.overflow: Overflow | None = None  # of this step, on this rank
         self.units = [u for u in units if u.trainable]
         self.mesh, self.meeting = mesh, meeting
         self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
@@ -47,6 +55,7 @@ class Gradients:
         self.guards = {n: AwayGrad(p, n) for u in self.units for n, p in u.params.items()}
         self.piece_guards = [(p, AwayGrad(p, n)) for u in self.units for n, p in u.pieces.items()]
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
+        self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
         self.flows: deque[tuple[Flow, Pending]] = deque()
         self.results: dict[int, Tensor | None] = {}
         self._guard_pieces()
@@ -54,8 +63,9 @@ class Gradients:
     def begin(self, turns: Turns) -> None:
         """A step begins."""
         self.turns = turns
-        self.mine: dict[int, Sums] = {u.index: new_tree(turns.leaves, self.pool) for u in self.units}
-        self.sums: dict[int, Sums] = {u: new_tree(turns.leaves, self.pool) for u in self.mine}
+        self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs, self.pool) for u in self.units}
+        self.sums: dict[int, Sums] = {u: new_tree(turns.twigs, self.pool) for u in self.mine}
+        self.growing: dict[int, tuple[int, Weighed[Sum]]] = {}  # per unit: leaves so far of the twig, and their sum
         self.weights_known = -1
 
     @property
@@ -63,6 +73,7 @@ class Gradients:
         """Bytes of gradients, partial sums and buffers kept for them."""
         trees = [*self.mine.values(), *self.sums.values()]
         waiting = [w.value.data for tree in trees for w in tree.nodes.values() if w.value]
+        waiting += [w.value.data for _, w in self.growing.values() if w.value]
         done = [r for r in self.results.values() if r is not None]
         return sum(t.nbytes for t in [*waiting, *done, *self.held.values()]) + self.pool.nbytes
 
@@ -71,7 +82,10 @@ class Gradients:
     def show(self, name: str, param: nn.Parameter) -> None:
         """Autograd is about to add to `param.grad`: give it what earlier backward calls of this leaf left there."""
         if param.grad is self.guards[name]:
+            if name in self.stale:
+                raise _not_zeroed(name)
             param.grad = self.held.pop(name, None)
+        self.stale.discard(name)
 
     def hide(self) -> None:
         """Nobody may see this leaf's gradients between two backward calls."""
@@ -80,14 +94,24 @@ class Gradients:
                 if param.grad is not None and param.grad is not self.guards[name]:
                     self.held[name], param.grad = param.grad, self.guards[name]
 
-    def discard(self, leaf: Leaf) -> None:
-        """`zero_grad()` in mid-leaf: forget what this leaf has gathered."""
+    def discard(self, names: Collection[str], leaf: Leaf | None) -> None:
+        """`zero_grad()` for `names`: in mid-leaf, forget what this leaf has gathered for them."""
+        self.stale.difference_update(names)
+        if leaf is None or not leaf.touched.intersection(names):
+            return
         if leaf.done:
             raise _too_late()
+        for name in names:
+            self.held.pop(name, None)
+        leaf.touched.difference_update(names)
+        if not leaf.touched:
+            leaf.fresh.clear()
+            leaf.record.forget_gradients()
+
+    def drop_held(self, leaf: Leaf) -> None:
+        """What a leaf for another model's sake left in this one's gradients must be zeroed by the user, as ever."""
+        self.stale |= {n for n in leaf.touched if n in self.held}
         self.held.clear()
-        leaf.fresh.clear()
-        leaf.record.forget_gradients()
-        leaf.touched.clear()
 
     def check_kept(self, unit: Unit, leaf: Leaf) -> None:
         """`p.grad = None` and the module's own `zero_grad()` tell nobody."""
@@ -104,19 +128,28 @@ class Gradients:
         grads = {n: g for n, p in unit.params.items() if (g := self._grad(n, p)) is not None}
         for name in grads:
             unit.params[name].grad = self.guards[name]
-        mine = self.mine[unit.index]
         if leaf.number is not None:
-            value = Sum(self._flat(unit, grads)) if leaf.weight else None
-            mine.put_leaf(leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
+            value = Sum(self._flat(unit, grads, leaf.number)) if leaf.weight else None
+            self._put(unit, leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
         if self._last(leaf):
             for absent in self.turns.absent(self.mesh.world.rank):
-                mine.put_leaf(absent, Weighed(None))
+                self._put(unit, absent, Weighed(None))
+
+    def _put(self, unit: Unit, leaf: int, value: Weighed[Sum]) -> None:
+        """Into the twig's sum, from left to right; a whole twig goes into the tree."""
+        tree, twig = self.mine[unit.index], leaf // self.turns.twig
+        count, total = self.growing.pop(unit.index, (0, None))
+        total = value if total is None else tree.add(total, value)
+        if count + 1 == self.turns.twig_size(twig):
+            tree.put_leaf(twig, total)
+        else:
+            self.growing[unit.index] = (count + 1, total)
 
     def _grad(self, name: str, param: nn.Parameter) -> Tensor | None:
         held = self.held.pop(name, None)
         return held if param.grad is self.guards[name] else param.grad
 
-    def _flat(self, unit: Unit, grads: dict[str, Tensor]) -> Tensor:
+    def _flat(self, unit: Unit, grads: dict[str, Tensor], leaf: int) -> Tensor:
         flat = self.pool.take(unit.numel, unit.dtypes.reduce, unit.device)
         with torch.no_grad():
             for s in unit.layout.spans:
@@ -126,7 +159,17 @@ class Gradients:
                     view.zero_()
                 else:
                     view.view(s.shape).copy_(grad)
+            if self.scale is not None:
+                flat.mul_(1 / self.scale.scale)
+                if not bool(flat.sum().isfinite()):
+                    self._overflows(unit, flat, leaf)
         return flat
+
+    def _overflows(self, unit: Unit, flat: Tensor, leaf: int) -> None:
+        bad = [s.name for s in unit.layout.spans if not bool(flat[s.start : s.stop].isfinite().all())]
+        if bad:
+            found = Overflow(leaf, min(self.names.index(name) for name in bad))
+            self.overflow = min(found, self.overflow or found)
 
     # ---------------------------------------------------------------- on their way
 
@@ -166,7 +209,7 @@ class Gradients:
         if leaf.number is not None:
             turns.weights[leaf.number] = leaf.weight
         payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine))
-        answers = self.meeting.meet(Want.REDUCE, leaf.serial, payload.ljust(8 * turns.leaves, b"\0"))
+        answers = self.meeting.meet(Want.REDUCE, leaf.serial, payload.ljust(8 * turns.leaves, b"\0"), model=self.number)
         if isinstance(self.mesh.world.carrier, Meter):
             turns.assume_full()  # in a dry run everybody answers what this rank says
             return
@@ -204,7 +247,7 @@ class Gradients:
         numel = unit.layout.shard_numel(unit.shard.rank)
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
         self.results[unit.index] = yield from agree(
-            copies, drain(self.sums[unit.index]), theirs, turns.total, turns.leaves, self.pool, numel, like
+            copies, drain(self.sums[unit.index]), theirs, turns.total, turns.twigs, self.pool, numel, like
         )
 
     # ---------------------------------------------------------------- at the end of a step
@@ -213,6 +256,7 @@ class Gradients:
         """Give the pieces of the parameters in `touched` the step's gradients."""
         for unit in self.units:
             shard = self.results.get(unit.index)
+            unit.widen()
             for p in unit.layout.pieces(unit.shard.rank):
                 piece = unit.pieces[p.name]
                 if shard is None or p.name not in touched:
@@ -223,6 +267,7 @@ class Gradients:
     def forget(self) -> None:
         """The optimizer has stepped."""
         self._guard_pieces()
+        self.overflow = None
         for result in self.results.values():
             if result is not None:
                 self.pool.give(result)
@@ -232,6 +277,14 @@ class Gradients:
         """Pieces have gradients from the end of a step's last leaf to the update only."""
         for piece, guard in self.piece_guards:
             piece.grad = guard
+
+
+def _not_zeroed(name: str) -> OrderError:
+    return OrderError(
+        f"'{name}' still has gradients of a forward that came after its own optimizer's step",
+        cause="another model's loss went through this one, as a generator's goes through the discriminator",
+        remedy="zero_grad() of this model's optimizer before its next backward",
+    )
 
 
 def _too_late() -> OrderError:

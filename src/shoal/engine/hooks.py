@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from shoal.engine.autograd import in_backward
 from shoal.engine.engine import Engine
-from shoal.engine.precision import cast_floats, tensors
+from shoal.engine.precision import cast_floats, each_tensor, tensors
+from shoal.engine.scale import entering, leaving
 from shoal.engine.unit import Unit
 
 
@@ -23,10 +24,18 @@ Args = tuple[object, ...]
 Kwargs = dict[str, object]
 
 
-def install(engine: Engine, compute: torch.dtype) -> list[Handle]:
-    """Put the hooks on; `compute`: the dtype that floating inputs are cast to (float32: left alone)."""
+def install(engine: Engine, compute: torch.dtype, keep: Sequence[nn.Module] = ()) -> list[Handle]:
+    """Put the hooks on.
+
+    Args:
+        compute: the dtype that floating inputs are cast to (float32: left alone).
+        keep: modules that compute in float32 all the same.
+    """
     handles: list[Handle] = _root(engine, compute)
     handles += _watched(engine) if engine.gathers else []
+    if compute != torch.float32:
+        for module in outermost(keep):
+            handles += _kept(module, compute)
     blocks: dict[nn.Module, list[Unit]] = {}
     for unit in engine.units:
         blocks.setdefault(unit.module, []).append(unit)
@@ -45,11 +54,32 @@ def _root(engine: Engine, compute: torch.dtype) -> list[Handle]:
     def before(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if torch.is_grad_enabled() and module.training:
             engine.open()
+        scale = engine.scale
+        if scale is not None and engine.leaf is not None:
+            args, kwargs = each_tensor((args, kwargs), lambda t: entering(t, scale))
         if compute == torch.float32:
             return args, kwargs
         return cast_floats(args, compute), cast_floats(kwargs, compute)
 
     return [engine.model.register_forward_pre_hook(before, with_kwargs=True)]
+
+
+def outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that lie in no other of them."""
+    inner = {m for module in modules for m in module.modules() if m is not module}
+    return [m for m in modules if m not in inner]
+
+
+def _kept(module: nn.Module, compute: torch.dtype) -> list[Handle]:
+    """Float32 inside, the others' dtype outside."""
+
+    def before(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        return cast_floats(args, torch.float32), cast_floats(kwargs, torch.float32)
+
+    def after(_module: nn.Module, _args: Args, output: object) -> object:
+        return cast_floats(output, compute, only=torch.float32)
+
+    return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
 
 def _watched(engine: Engine) -> list[Handle]:
@@ -83,6 +113,9 @@ def _after_root(engine: Engine, compute: torch.dtype) -> Callable[[nn.Module, Ar
     def after(_module: nn.Module, _args: Args, output: object) -> object:
         if compute != torch.float32:
             output = cast_floats(output, torch.float32, only=compute)
+        scale = engine.scale
+        if scale is not None and engine.leaf is not None:
+            output = each_tensor(output, lambda t: leaving(t, scale))
         for tensor in tensors(output):
             _at_node(tensor, engine.backward_begins)
         return output

@@ -69,17 +69,38 @@ def probe(optimizer: Optimizer) -> bool:
     return True
 
 
-def check(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raises `OptimizerError` when it updates something that the model does not have."""
-    known = set(model.parameters())
-    strange = [p for group in optimizer.param_groups for p in group["params"] if p not in known]
-    if strange:
-        raise OptimizerError(
-            f"the optimizer holds {len(strange)} parameters that the model does not have; the first has shape "
-            f"{tuple(strange[0].shape)}",
-            cause="it was made for another model, or before the model's parameters were replaced",
-            remedy="make the optimizer from model.parameters()",
-        )
+def check(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Raises `OptimizerError` when they update something that the model does not have, or the same thing twice."""
+    known = {p: n for n, p in model.named_parameters()}
+    taken: dict[nn.Parameter, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        held = [p for group in optimizer.param_groups for p in cast(list[nn.Parameter], group["params"])]
+        strange = [p for p in held if p not in known]
+        if strange:
+            raise OptimizerError(
+                f"the optimizer holds {len(strange)} parameters that the model does not have; the first has shape "
+                f"{tuple(strange[0].shape)}",
+                cause="it was made for another model, or before the model's parameters were replaced",
+                remedy="make the optimizer from model.parameters()",
+            )
+        for param in held:
+            if taken.setdefault(param, number) != number:
+                first, second = (type(optimizers[n]).__name__ for n in (taken[param], number))
+                raise OptimizerError(
+                    f"'{known[param]}' is updated by two optimizers, {first} and {second}",
+                    remedy="give every parameter to one of them",
+                )
+
+
+def granules(
+    optimizers: Sequence[Optimizer], model: nn.Module, elementwise: bool | None
+) -> dict[nn.Parameter, int]:  # fmt: skip
+    """At which multiples of elements every parameter may be cut."""
+    found = dict.fromkeys(model.parameters(), ALIGN)
+    for optimizer in optimizers:
+        cut = granule(optimizer, elementwise)
+        found.update((p, cut) for group in optimizer.param_groups for p in group["params"])
+    return found
 
 
 def group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:

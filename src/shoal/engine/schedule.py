@@ -36,7 +36,7 @@ Event = tuple[Act, int]
 class Record:
     """What one rank did in a leaf: when it needed and freed units, and when it had all gradients of one (so far).
 
-    `times`: per unit, how often its gradients were complete.
+    `times`: per unit, how often its gradients were complete, those that `zero_grad()` dropped included.
     """
 
     events: list[Event] = field(default_factory=list[Event])
@@ -48,17 +48,14 @@ class Record:
 
     def forget_gradients(self) -> None:
         self.events = [e for e in self.events if e[0] is not Act.REDUCE]
-        self.times.clear()
 
     def to_json(self) -> bytes:
-        return json.dumps([(act.value, unit) for act, unit in self.events]).encode()
+        return json.dumps([[(act.value, unit) for act, unit in self.events], list((+self.times).items())]).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Record:
-        record = cls()
-        for act, unit in cast(list[tuple[str, int]], json.loads(data)):
-            record.add(Act(act), unit)
-        return record
+        events, times = cast(tuple[list[tuple[str, int]], list[tuple[int, int]]], json.loads(data))
+        return cls([(Act(act), unit) for act, unit in events], Counter(dict(times)))
 
 
 def fullest(records: Sequence[Record]) -> Record:

@@ -21,6 +21,8 @@ from shoal.engine.binding import Binding
 from shoal.engine.engine import Engine
 from shoal.engine.guards import Uncopied, guard_model, guard_optimizer
 from shoal.engine.hooks import install
+from shoal.engine.precision import compute_dtype, keepers, kept
+from shoal.engine.scale import LossScale
 from shoal.engine.unit import Part, Unit
 from shoal.engine.units import choose, parts
 from shoal.errors import DivergedError, ModelError
@@ -31,7 +33,10 @@ from shoal.strategy import Shard, Strategy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """How to prepare. `strategy` is settled; `facts` must be equal on all ranks."""
+    """How to prepare. `strategy` is settled; `facts` must be equal on all ranks.
+
+    `number`: of the model in its job; `first`: the number of its first unit; `prefix`: of its names in checkpoints.
+    """
 
     strategy: Strategy
     rules: Rules
@@ -40,13 +45,17 @@ class Wanted:
     overlap: bool
     units: Sequence[str] | None
     elementwise: bool | None
+    float32: Sequence[str]
     facts: Mapping[str, object]
     say: Callable[[str], None]
-    acted: Callable[[], None]
+    ended: Callable[[Engine, bool], None]
+    number: int = 0
+    first: int = 0
+    prefix: str = ""
 
 
-def build(model: nn.Module, optimizer: Optimizer, w: Wanted) -> Binding:
-    """Change the user's model and optimizer in place. Collective.
+def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Binding:
+    """Change the user's model and optimizers in place. Collective.
 
     Raises:
         ModelError, OptimizerError: what cannot be trained as it is.
@@ -54,26 +63,31 @@ def build(model: nn.Module, optimizer: Optimizer, w: Wanted) -> Binding:
     """
     if not isinstance(w.mesh.world.carrier, Meter):
         check_model(model, w.mesh.world.size)
-    optim.check(optimizer, model)
-    granule = optim.granule(optimizer, w.elementwise)
-    held = {p for group in optimizer.param_groups for p in cast(list[nn.Parameter], group["params"])}
-    granules = {p: granule if p in held else 64 for p in model.parameters()}
+    optim.check(optimizers, model)
+    granules = optim.granules(optimizers, model, w.elementwise)
     blocks = choose(model, w.units)
-    cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules)
-    compare(describe(model, optimizer, cut, w), w.meeting)
+    keep = keepers(model, w.float32)
+    cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules, keep)
+    compare(describe(model, optimizers, cut, w), w.meeting)
     same_start(model, w.mesh.world, w.say)
-    group_names = optim.group_names(optimizer, model)
+    group_names = [optim.group_names(optimizer, model) for optimizer in optimizers]
     resident = w.strategy.shard < Shard.PARAMETERS
-    units = [Unit(i, part, w.mesh.shard, resident=resident) for i, part in enumerate(cut)]
-    names = optim.point_to_pieces(optimizer, units)
+    units = [Unit(w.first + i, part, w.mesh.shard, resident=resident) for i, part in enumerate(cut)]
+    names: dict[nn.Parameter, str] = {}
+    for optimizer in optimizers:
+        names |= optim.point_to_pieces(optimizer, units)
     s = w.strategy
     assert s.leaves is not None
-    assignment = leaves_of(s, w.mesh, w.rules)
-    engine = Engine(model, units, w.mesh, w.meeting, w.rules, assignment, s.leaves, overlap=w.overlap)
-    handles = install(engine, torch.bfloat16 if s.precision == "bfloat16" else torch.float32)
-    binding = Binding(engine, optimizer, names, s, w.acted)
+    engine = Engine(
+        model, units, w.mesh, w.meeting, w.rules, leaves_of(s, w.mesh, w.rules), s.leaves, twig=s.twig,
+        overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None,
+    )  # fmt: skip
+    engine.say = w.say
+    handles = install(engine, compute_dtype(s), kept(model, w.float32))
+    binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
-    handles += guard_optimizer(optimizer) if w.mesh.shard.size > 1 else []
+    if w.mesh.shard.size > 1:
+        handles += [handle for optimizer in optimizers for handle in guard_optimizer(optimizer)]
     handles += guard_model(engine)
     binding.handles += [*handles, Uncopied(engine, handles)]
     return binding
@@ -82,7 +96,7 @@ def build(model: nn.Module, optimizer: Optimizer, w: Wanted) -> Binding:
 def leaves_of(s: Strategy, mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], ...]:
     """Who computes which leaf."""
     assert s.leaves is not None
-    return assign(s.leaves, mesh.copies.size, mesh.shard.size, every_leaf=every_leaf(rules))
+    return assign(s.leaves, mesh.copies.size, mesh.shard.size, every_leaf=every_leaf(rules), twig=s.twig)
 
 
 def check_model(model: nn.Module, world: int) -> None:
@@ -130,7 +144,7 @@ def one_device(devices: Mapping[str, str], world: int) -> None:
         )
 
 
-def describe(model: nn.Module, optimizer: Optimizer, cut: Sequence[Part], w: Wanted) -> dict[str, str]:
+def describe(model: nn.Module, optimizers: Sequence[Optimizer], cut: Sequence[Part], w: Wanted) -> dict[str, str]:
     """What must be equal on all ranks before anything travels, by a name to show."""
     found = {f"setting {k}": str(v) for k, v in w.facts.items()}
     found |= {f"strategy {k}": str(v) for k, v in asdict(w.strategy).items()}
@@ -142,11 +156,13 @@ def describe(model: nn.Module, optimizer: Optimizer, cut: Sequence[Part], w: Wan
     for part in cut:
         unit = f"unit '{part.name}' {part.dtypes.compute} {part.trainable}"
         found[unit] = f"{list(part.params)} {part.layout.bounds}"
-    found["optimizer"] = type(optimizer).__name__
-    for i, group in enumerate(optimizer.param_groups):
-        for key, value in group.items():
-            if key != "params" and isinstance(value, (int, float, str, bool, tuple, type(None))):
-                found[f"optimizer group {i} {key}"] = str(value)  # pyright: ignore[reportUnknownArgumentType]
+    for n, optimizer in enumerate(optimizers):
+        which = "optimizer" if len(optimizers) == 1 else f"optimizer {n}"
+        found[which] = type(optimizer).__name__
+        for i, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if key != "params" and isinstance(value, (int, float, str, bool, tuple, type(None))):
+                    found[f"{which} group {i} {key}"] = str(value)  # pyright: ignore[reportUnknownArgumentType]
     return found
 
 

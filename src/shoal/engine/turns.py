@@ -17,11 +17,16 @@ class Turns:
         assignment: the leaves of every rank.
         ranks_per_copy: to find the ranks of a copy.
         every_leaf: are gradients reduced after every leaf?
+        all_turns: do all ranks run user code in all turns?
+        twig: so many neighbouring leaves make one partial sum before the tree.
     """
 
     def __init__(
-        self, leaves: int, present: int, assignment: Assignment, ranks_per_copy: int, *, every_leaf: bool
-    ) -> None:
+        self, leaves: int, present: int, assignment: Assignment, ranks_per_copy: int, *, every_leaf: bool,
+        all_turns: bool = False, twig: int = 1,
+    ) -> None:  # fmt: skip
+        self.all_turns, self.twig = all_turns, twig
+        self.twigs = -(-leaves // twig)
         self.leaves, self.present, self.assignment = leaves, present, assignment
         self.ranks_per_copy, self.every_leaf = ranks_per_copy, every_leaf
         self.weights = {leaf: math.nan if leaf < present else 0.0 for leaf in range(leaves)}
@@ -31,13 +36,24 @@ class Turns:
         """The leaves of a rank that have data."""
         return tuple(leaf for leaf in self.assignment[rank] if leaf < self.present)
 
+    @classmethod
+    def one_each(cls, ranks: int) -> Turns:
+        """Every rank computes one full leaf."""
+        turns = cls(ranks, ranks, tuple((r,) for r in range(ranks)), 1, every_leaf=False)
+        turns.assume_full()
+        return turns
+
+    def run_by(self, rank: int) -> int:
+        """How many turns run user code on a rank: at least one, so that all ranks run it."""
+        return self.count if self.all_turns else max(1, len(self.of(rank)))
+
     def leaf(self, rank: int, turn: int) -> int | None:
         mine = self.of(rank)
         return mine[turn] if turn < len(mine) else None
 
     def reduces(self, turn: int) -> bool:
         """Do gradients travel inside a copy at the end of this turn?"""
-        return self.every_leaf or turn == self.count - 1
+        return turn == self.count - 1 or (self.every_leaf and turn % self.twig == self.twig - 1)
 
     def learn(self, weights: Mapping[int, float]) -> None:
         self.weights.update(weights)
@@ -65,10 +81,14 @@ class Turns:
         present = () if leaf is None else (leaf,)
         return present + (self.absent(rank) if turn == self.count - 1 else ())
 
+    def twig_size(self, twig: int) -> int:
+        """How many leaves it has."""
+        return min(self.twig, self.leaves - twig * self.twig)
+
     def given(self, rank: int, turn: int) -> Known:
         """The partial sums that a rank hands in at the end of a turn in which gradients travel."""
-        turns = [turn] if self.every_leaf else range(self.count)
-        return self._known([leaf for t in turns for leaf in self.enters(rank, t)])
+        first = turn // self.twig * self.twig if self.every_leaf else 0
+        return self._known([leaf for t in range(first, turn + 1) for leaf in self.enters(rank, t)])
 
     def copy_holds(self, copy: int) -> Known:
         """The partial sums of one copy when the step is over."""
@@ -76,8 +96,17 @@ class Turns:
         return self._known([leaf for r in ranks for leaf in self.assignment[r]])
 
     def rank_holds(self, rank: int) -> Known:
-        """The partial sums of one rank's own leaves."""
-        return self._known(self.assignment[rank])
+        """The partial sums of one rank's own leaves in a tree without twigs."""
+        return known(self.leaves, [(Node(0, leaf), self._weighed(leaf)) for leaf in self.assignment[rank]])
 
     def _known(self, leaves: Sequence[int]) -> Known:
-        return known(self.leaves, [(Node(0, leaf), self._weighed(leaf)) for leaf in leaves])
+        twigs: dict[int, list[Weighed[bool]]] = {}
+        for leaf in leaves:
+            twigs.setdefault(leaf // self.twig, []).append(self._weighed(leaf))
+        return known(self.twigs, [(Node(0, twig), _together(parts)) for twig, parts in twigs.items()])
+
+
+def _together(parts: Sequence[Weighed[bool]]) -> Weighed[bool]:
+    """What the leaves of a twig make: one alone keeps its weight."""
+    found = [part for part in parts if part.value]
+    return found[0] if len(found) == 1 else Weighed(True if found else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shoal.comm.group import Group, Pending
 from shoal.engine.away import hole, untouched
 from shoal.engine.precision import Dtypes
+from shoal.engine.rounding import round_into
 from shoal.errors import AwayError
 from shoal.layout import Interval, Layout
 
@@ -49,6 +50,7 @@ class Unit:
         self.master = keeps if same and self.resident else keeps.clone()
         self.views = self._views_of(self.whole)
         self.lent = self.whole
+        self.wide: Tensor | None = None
         self.pieces = {p.name: self._piece(p) for p in self.layout.pieces(shard.rank)}
         self.holes = hole(self.dtypes.compute, len(self.params), self.device)
         self.here = True
@@ -77,6 +79,27 @@ class Unit:
     def _piece(self, p: Interval) -> nn.Parameter:
         data = self.master[p.at : p.at + p.numel]
         return nn.Parameter(data.view(p.shape) if p.complete else data, requires_grad=self.trainable)
+
+    def widen(self) -> None:
+        """Before an update that is rounded by chance: pieces are float32."""
+        if self.dtypes.stochastic and self.trainable:
+            self.wide = self.master.float()
+            self._set_pieces(self.wide)
+
+    def narrow(self, seeds: Callable[[str], int]) -> None:
+        """After it: round. `seeds` gives one per parameter."""
+        if self.wide is not None:
+            for p in self.layout.pieces(self.shard.rank):
+                part = slice(p.at, p.at + p.numel)
+                round_into(self.master[part], self.wide[part], seeds(p.name), p.start)
+            self._set_pieces(self.master)
+            self.wide = None
+
+    def _set_pieces(self, flat: Tensor) -> None:
+        for p in self.layout.pieces(self.shard.rank):
+            piece = self.pieces[p.name]
+            piece.grad = None
+            piece.data = flat[p.at : p.at + p.numel].view(piece.shape)
 
     def _show(self, values: Mapping[str, Tensor]) -> None:
         for name, param in self.params.items():

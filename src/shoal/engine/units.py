@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 from torch import nn
@@ -63,15 +63,17 @@ def parts(
     s: Strategy,
     owners: int,
     granules: Mapping[nn.Parameter, int],
+    keep: Collection[nn.Parameter] = (),
 ) -> list[Part]:
     """Give every parameter to the smallest block that contains all its uses, and cut each unit for `owners` ranks.
 
-    A block's parameters that differ in dtype, or in being trained or not, become units of their own.
+    A block's parameters that differ in dtype, or in being trained or not, become units of their own. Those in `keep`
+    compute in their own dtype.
     """
     loads = [0] * owners
     made: list[Part] = []
     for block, params in _claim(model, blocks).items():
-        for (kinds, trainable), group in _alike(model, params, s).items():
+        for (kinds, trainable), group in _alike(params, s, keep).items():
             items = [Item(n, tuple(p.shape), granules.get(p, 64)) for n, p in group.items()]
             layout = Layout.even(items, owners) if s.cut is Cut.EVEN else Layout.by_parameter(items, owners, loads)
             made.append(
@@ -95,12 +97,11 @@ def _claim(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, dict[
 
 
 def _alike(
-    model: nn.Module, params: Mapping[str, nn.Parameter], s: Strategy
+    params: Mapping[str, nn.Parameter], s: Strategy, keep: Collection[nn.Parameter]
 ) -> dict[tuple[Dtypes, bool], dict[str, nn.Parameter]]:
     groups: dict[tuple[Dtypes, bool], dict[str, nn.Parameter]] = {}
     for name, param in params.items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        groups.setdefault((dtypes(param, owner, s), param.requires_grad), {})[name] = param
+        groups.setdefault((dtypes(param, s, keep=param in keep), param.requires_grad), {})[name] = param
     return groups
 
 
