@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
@@ -47,12 +48,6 @@ class AwayGrad(Tensor):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> NoReturn:
-        if getattr(func, "__name__", "") == "_amp_foreach_non_finite_check_and_unscale_":
-            raise AwayError(
-                "a GradScaler would unscale gradients that live in shards",
-                remedy='shoal.init(..., precision="float16") scales losses itself; call loss.backward() and '
-                "optimizer.step() without the GradScaler",
-            )
         _refuse(args)
 
     @classmethod
@@ -69,7 +64,21 @@ class AwayGrad(Tensor):
         return f"<gradient of '{self.param_name}': held by shoal until the step; see job.clip_grad_norm>"
 
 
+def _called_from(module: str) -> bool:
+    """Is code of that module under way?"""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
+
+
 def _refuse(args: Sequence[object]) -> NoReturn:
+    if _called_from("torch.amp.grad_scaler"):
+        raise AwayError(
+            "a GradScaler would unscale gradients that live in shards",
+            remedy='shoal.init(..., precision="float16") scales losses itself; call loss.backward() and '
+            "optimizer.step() without the GradScaler",
+        )
     flat: list[object] = []
     for a in args:
         flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)  # pyright: ignore[reportUnknownArgumentType]
