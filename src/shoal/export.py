@@ -11,15 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shoal.engine.binding import Binding
+from shoal.engine.optim import in_blocks
 from shoal.engine.unit import Unit
 from shoal.engine.units import aliases
 
 
-def model_state(binding: Binding) -> dict[str, Tensor]:
-    """The model's state dict with master values on the CPU of rank 0; empty elsewhere. Collective."""
+def model_state(binding: Binding, pieces: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's state dict with master values on the CPU of rank 0; empty elsewhere. Collective.
+
+    Args:
+        pieces: by parameter, what to take instead of this rank's pieces.
+    """
     values: dict[str, Tensor] = {}
     for unit in binding.engine.units:
-        flat = _gathered(unit, {n: p.detach() for n, p in unit.pieces.items()}, unit.dtypes.master)
+        parts = {n: (pieces or unit.pieces)[n].detach() for n in unit.pieces}
+        dtype = unit.dtypes.master
+        if pieces is not None and dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32
+        flat = _gathered(unit, parts, dtype)
         values |= _views(unit, flat)
     if binding.engine.rank:
         return {}
@@ -56,7 +65,7 @@ def optimizer_state(binding: Binding, optimizer: Optimizer) -> dict[str, object]
             for name, value in _views(unit, flat).items():
                 if name in names:
                     state.setdefault(index[name], {})[key] = value
-        for name, key, value in _others(unit, held):
+        for name, key, value in _others(unit, held, optimizer):
             state.setdefault(index[name], {})[key] = value
     if binding.engine.rank:
         return {}
@@ -88,21 +97,27 @@ def _kinds(unit: Unit, held: Mapping[str, dict[str, object]]) -> dict[tuple[str,
     return found
 
 
-def _others(unit: Unit, held: Mapping[str, dict[str, object]]) -> list[tuple[str, str, object]]:
-    """State of other shapes, such as step counters, from whoever holds a parameter's first element."""
+def _others(
+    unit: Unit, held: Mapping[str, dict[str, object]], optimizer: Optimizer
+) -> list[tuple[str, str, object]]:  # fmt: skip
+    """State of other shapes: numbers of blocks of all pieces in their order; step counters and the like from whoever
+    holds a parameter's first element."""
     first = {p.name for p in unit.layout.pieces(unit.shard.rank) if p.start == 0}
     mine: list[list[object]] = []
     for name, state in held.items():
         for key, value in state.items():
-            if name in first and not cut_like(value, unit.pieces[name]):
-                tensor = isinstance(value, Tensor)
+            blocks = bool(in_blocks(value, unit.pieces[name], optimizer))
+            if (blocks or name in first) and not cut_like(value, unit.pieces[name]):
+                dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
                 plain = cast(object, value.tolist()) if isinstance(value, Tensor) else value
-                mine.append([name, key, tensor and str(value.dtype).removeprefix("torch."), plain])
-    found: list[tuple[str, str, object]] = []
+                mine.append([name, key, dtype, blocks, plain])
+    found: dict[tuple[str, str], object] = {}
     for data in unit.shard.share_any("state", json.dumps(mine).encode()):
-        for name, key, dtype, plain in json.loads(data):
-            found.append((name, key, torch.tensor(plain, dtype=getattr(torch, dtype)) if dtype else plain))
-    return found
+        for name, key, dtype, blocks, plain in json.loads(data):
+            value = torch.tensor(plain, dtype=getattr(torch, dtype)) if dtype else plain
+            before = found.get((name, key))
+            found[name, key] = torch.cat([before, value]) if blocks and isinstance(before, Tensor) else value
+    return [(name, key, value) for (name, key), value in found.items()]
 
 
 def _gathered(unit: Unit, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

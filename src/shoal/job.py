@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from shoal import export, resume
+from shoal.average import Average
 from shoal.comm.group import Carrier
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
@@ -335,19 +336,38 @@ class Job:
         """
         return self._find(model).whole(write=write)
 
-    def state_dict(self, what: nn.Module | Optimizer) -> dict[str, object]:
-        """The whole state dict of a prepared model or optimizer. Collective.
+    def ema(self, model: nn.Module, decay: float) -> Average:
+        """Keep an exponential moving average of a model's weights, on shards, from now on.
+
+        It is saved and loaded with the job; call it before `job.load`.
+
+        Args:
+            model: the prepared one.
+            decay: of the old average at each update.
+
+        Returns:
+            An average: `with average.whole(): ...` evaluates with it, `job.state_dict(average)` is its state dict.
+        """
+        return Average(self._find(model), decay)
+
+    def state_dict(self, what: nn.Module | Optimizer | Average) -> dict[str, object]:
+        """The whole state dict of a prepared model or optimizer, or of an average. Collective.
 
         Returns:
             On rank 0 what torch's `state_dict()` would give in one process, on the CPU; elsewhere nothing.
         """
-        binding = self._find(what) if isinstance(what, nn.Module) else self._find_optimizer(what)
+        if isinstance(what, Average):
+            binding = what.binding
+        else:
+            binding = self._find(what) if isinstance(what, nn.Module) else self._find_optimizer(what)
         self._between_steps("job.state_dict")
         self._meeting.meet(Want.STATE, 0, model=binding.engine.number)
         self._carrier.hold("job.state_dict")
         try:
             if isinstance(what, nn.Module):
                 return cast(dict[str, object], export.model_state(binding))
+            if isinstance(what, Average):
+                return cast(dict[str, object], export.model_state(binding, what.pieces))
             return export.optimizer_state(binding, what)
         finally:
             self._carrier.hold("")

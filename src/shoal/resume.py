@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from shoal import checkpoint
 from shoal.checkpoint import Meta, Piece, Reader, Share
-from shoal.engine.binding import Binding
+from shoal.engine.binding import Binding, Follower
+from shoal.engine.optim import in_blocks
 from shoal.engine.units import aliases
 from shoal.errors import ResumeError
-from shoal.layout import Interval
+from shoal.layout import Box, Interval
 from shoal.settings import Resolved
 
 Bindings = Sequence[Binding]
@@ -35,6 +36,9 @@ def pieces(bindings: Bindings) -> Iterator[Piece]:
                     place = replace(interval, name=prefix + interval.name)
                     yield Piece(kind="param", interval=place, tensor=piece.detach().reshape(-1))
                     yield from _state(binding, place, piece)
+                    for average in binding.averages:
+                        averaged = average.pieces[interval.name].reshape(-1)
+                        yield Piece(kind=average.kind, interval=place, tensor=averaged)
         if engine.rank == 0:
             for name, buffer in engine.model.named_buffers():
                 yield Piece.whole("buffer", prefix + name, buffer.detach())
@@ -46,8 +50,17 @@ def _state(binding: Binding, interval: Interval, piece: nn.Parameter) -> Iterato
             continue
         if value.shape == piece.shape and value.dim():
             yield Piece(kind=f"state:{key}", interval=interval, tensor=value.detach().reshape(-1))
+        elif granule := in_blocks(value, piece, binding.holder[piece]):
+            yield Piece(kind=f"state:{key}", interval=_blocks(interval, granule), tensor=value.detach())
         elif interval.start == 0:
             yield Piece.whole(f"extra:{key}", interval.name, value.detach())
+
+
+def _blocks(interval: Interval, granule: int) -> Interval:
+    """The same part of a state that has one number for every `granule` elements."""
+    count = -(-interval.box.numel // granule)
+    start, stop = interval.start // granule, -(-interval.stop // granule)
+    return replace(interval, shape=(count,), box=Box.whole((count,)), start=start, stop=stop)
 
 
 def plain_values(bindings: Bindings) -> dict[str, dict[str, object]]:
@@ -196,6 +209,8 @@ def _fill(binding: Binding, reader: Reader) -> None:
         for interval, piece in wants:
             _load_state(binding, reader, interval, piece)
         unit.after_load()
+    for average in binding.averages:
+        _load_average(binding, average, reader)
     for name, buffer in engine.model.named_buffers():
         buffer.copy_(reader.buffer(prefix + name))
     steps = cast(Mapping[str, int], reader.manifest.meta.extra.get("steps", {}))
@@ -203,6 +218,19 @@ def _fill(binding: Binding, reader: Reader) -> None:
     scales = cast(Mapping[str, dict[str, float | int]], reader.manifest.meta.extra.get("scales", {}))
     if engine.scale is not None and prefix in scales:
         engine.scale.load(scales[prefix])
+
+
+def _load_average(binding: Binding, average: Follower, reader: Reader) -> None:
+    """A checkpoint that has none: it begins with the checkpoint's weights."""
+    if not reader.shapes(average.kind):
+        average.restart()
+        return
+    for unit in binding.engine.units:
+        wants = [
+            (replace(p, name=binding.prefix + p.name), average.pieces[p.name].view(-1))
+            for p in unit.layout.pieces(unit.shard.rank)
+        ]
+        reader.read_into(average.kind, wants)
 
 
 def _compare(bindings: Bindings, reader: Reader) -> None:
@@ -236,10 +264,12 @@ def _load_state(binding: Binding, reader: Reader, interval: Interval, piece: nn.
         return
     name = interval.name
     state: dict[str, object] = {}
-    for kind in reader.state_kinds(name):
-        part = torch.empty(interval.numel, dtype=reader.dtype(kind, name), device=piece.device)
-        reader.read_into(kind, [(interval, part)])
-        state[kind.removeprefix("state:")] = part.view(piece.shape)
+    for kind in (k for k in reader.state_kinds(name) if not k.startswith("state:average-")):
+        alike = reader.shapes(kind)[name] == interval.shape
+        place = interval if alike else _blocks(interval, cast(int, getattr(holder, "granule", 1)))
+        part = torch.empty(place.numel, dtype=reader.dtype(kind, name), device=piece.device)
+        reader.read_into(kind, [(place, part)])
+        state[kind.removeprefix("state:")] = part.view(piece.shape) if alike else part
     for kind in reader.extra_kinds(name):
         value = reader.extra(kind, name)
         assert value is not None

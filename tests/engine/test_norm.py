@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import shoal
 from shoal.comm.threads import run
-from shoal.engine.norm import count_nodes, squares
 from shoal.leaves import Tree
+from shoal.squares import count_nodes, squares
 from shoal.strategy import Cut, Shard, Strategy
 from tests.engine.test_models import Stack, Unused, frozen, square
 from tests.engine.trials import PLACES, Numbers, adamw, tree_sum

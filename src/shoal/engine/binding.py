@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
-from typing import cast
+from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shoal.comm.meet import Want
 from shoal.engine.engine import Engine
 from shoal.engine.hooks import Handle
-from shoal.engine.norm import global_norm
+from shoal.engine.norm import global_norm, norms
 from shoal.errors import OptimizerError, OrderError
 from shoal.leaves import assign
+from shoal.optim import NeedsNorms
 from shoal.strategy import Strategy
+
+
+class Follower(Protocol):
+    """What wants to know of every update."""
+
+    @property
+    def kind(self) -> str: ...
+
+    pieces: dict[str, Tensor]
+
+    def update(self) -> None: ...
+    def restart(self) -> None: ...
 
 
 class Binding:
@@ -49,6 +62,7 @@ class Binding:
         self.schedulers: list[LRScheduler] = []
         self.order = {n: i for i, (n, _) in enumerate(self.model.named_parameters())}
         self.handles: list[Handle] = []
+        self.averages: list[Follower] = []
         self.group_names: list[list[list[str]]] = []  # of every optimizer, of every group
         self.look_for_schedulers = True
         self._waiting = list(self.optimizers)  # those that have not stepped in this leaf
@@ -56,6 +70,9 @@ class Binding:
         for optimizer in self.optimizers:
             self._bind(optimizer)
         engine.before_open = self.finish
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, NeedsNorms):
+                optimizer.norms = self._norms
 
     def _bind(self, optimizer: Optimizer) -> None:
         binding = self
@@ -101,7 +118,10 @@ class Binding:
         if len(self._waiting) < len(self.optimizers):
             self._waiting = list(self.optimizers)
             if self.stepped:
+                updated = self.engine.overflow is None
                 self.engine.after_update()
+                for average in self.averages if updated else ():
+                    average.update()
             self.ended(self.engine, self.stepped)
 
     def clip_grad_norm(self, max_norm: float) -> float | None:
@@ -121,6 +141,10 @@ class Binding:
                     if piece.grad is not None:
                         piece.grad.mul_(scale)
         return norm
+
+    def _norms(self, values: Mapping[Tensor, Sequence[Tensor]]) -> dict[Tensor, list[float]]:
+        units = [u for u in self.engine.units if u.trainable]
+        return norms(units, self.order, self.engine.mesh.shard, values)
 
     def state(self, piece: nn.Parameter) -> dict[str, object]:
         """What its optimizer keeps for a piece; empty if it keeps nothing."""

@@ -14,6 +14,16 @@ from torch.optim import Optimizer
 from shoal.engine.unit import Unit
 from shoal.errors import OptimizerError
 from shoal.layout import ALIGN
+from shoal.optim import NeedsNorms
+
+
+def in_blocks(value: object, piece: Tensor, optimizer: Optimizer) -> int:
+    """If this state holds one number for every so many elements of its piece: how many; else 0."""
+    granule = cast(object, getattr(optimizer, "granule", 0))
+    if isinstance(granule, int) and granule and isinstance(value, Tensor) and value.dim() == 1:
+        return granule if value.numel() == -(-piece.numel() // granule) and value.shape != piece.shape else 0
+    return 0
+
 
 _ELEMENTWISE = frozenset(
     ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop")
@@ -36,8 +46,21 @@ def granule(optimizer: Optimizer, elementwise: bool | None) -> int:
             "LBFGS evaluates its closure several times a step, which leaves cannot follow",
             remedy="an optimizer without closures, such as torch.optim.AdamW",
         )
+    own = cast(object, getattr(optimizer, "granule", None))
+    if isinstance(own, int) and elementwise is None:
+        if own % ALIGN:
+            what = f"{type(optimizer).__name__}.granule is {own}"
+            raise OptimizerError(what, remedy=f"a multiple of {ALIGN}, or 0 for whole parameters")
+        return own
+    if elementwise is None and isinstance(optimizer, NeedsNorms):
+        return ALIGN
+    torch_own = type(optimizer).__module__.startswith("torch.optim.")
+    if elementwise and torch_own and type(optimizer).__name__ not in _ELEMENTWISE:
+        raise OptimizerError(
+            f"elementwise=True with {type(optimizer).__name__}, whose update of an element reads its neighbours",
+            remedy="leave elementwise= out: its parameters stay whole, each on one rank",
+        )
     if elementwise is None:
-        torch_own = type(optimizer).__module__.startswith("torch.optim.")
         elementwise = type(optimizer).__name__ in _ELEMENTWISE if torch_own else probe(optimizer)
     return ALIGN if elementwise else 0
 
@@ -133,10 +156,16 @@ def point_to_pieces(optimizer: Optimizer, units: Iterable[Unit]) -> dict[nn.Para
             if param in pieces and param in old:
                 name, piece, start, stop, complete = pieces[param]
                 optimizer.state[piece] = {
-                    key: _cut(value, param, piece, name, key, start, stop, complete)
+                    key: _cut_blocks(value, granule, start, stop)
+                    if (granule := in_blocks(value, param, optimizer))
+                    else _cut(value, param, piece, name, key, start, stop, complete)
                     for key, value in cast(dict[str, object], old[param]).items()
                 }
     return names
+
+
+def _cut_blocks(value: object, granule: int, start: int, stop: int) -> Tensor:
+    return cast(Tensor, value)[start // granule : -(-stop // granule)].clone()
 
 
 def _cut(
