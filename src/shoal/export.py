@@ -131,4 +131,4 @@ def _gathered(unit: Unit, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Te
 
 
 def _views(unit: Unit, flat: Tensor) -> dict[str, Tensor]:
-    return {s.name: flat[s.start : s.stop].view(s.shape).cpu().clone() for s in unit.layout.spans}
+    return {name: view.cpu().clone() for name, view in unit.views_of(flat).items()}

@@ -117,7 +117,7 @@ def _meta(bindings: Bindings, facts: Facts, values: Mapping[str, object]) -> Met
         aliases={b.prefix + a: b.prefix + n for b in bindings for a, n in aliases(b.model).items()},
         extra={
             "threads": facts.threads, "values": values, "optimizers": _optimizers(bindings),
-            "steps": {b.prefix: b.engine.steps for b in bindings},
+            "steps": {b.prefix: b.engine.steps for b in bindings}, "orders": _orders(bindings),
             "scales": {b.prefix: b.engine.scale.state() for b in bindings if b.engine.scale is not None},
         },
     )  # fmt: skip
@@ -131,6 +131,11 @@ def _groups(bindings: Bindings) -> list[tuple[list[str], dict[str, object]]]:
         for optimizer, groups in zip(binding.optimizers, binding.group_names, strict=True)
         for names, group in zip(groups, optimizer.param_groups, strict=True)
     ]
+
+
+def _orders(bindings: Bindings) -> dict[str, list[int]]:
+    """How parameters lie that do not lie row by row; their pieces and state are saved as they lie."""
+    return {b.prefix + n: list(o) for b in bindings for u in b.engine.units for n, o in u.orders.items()}
 
 
 def _optimizers(bindings: Bindings) -> list[str]:
@@ -244,6 +249,15 @@ def _compare(bindings: Bindings, reader: Reader) -> None:
             f"the checkpoint was saved with {_listed(there)}, this job has {_listed(wanted)}",
             remedy=f"use {_listed(there)}",
         )
+    orders, lay = _orders(bindings), cast(Mapping[str, object], facts.extra.get("orders", {}))
+    for name in [*orders, *lay]:
+        if orders.get(name) != lay.get(name):
+            raise ResumeError(
+                f"'{name}' lies in another order of dimensions in the checkpoint ({lay.get(name, 'row by row')}) than "
+                f"here ({orders.get(name, 'row by row')})",
+                cause="a model in channels_last, or transposed weights",
+                remedy="model.to(memory_format=torch.channels_last) before prepare, as when it was saved",
+            )
     saved = [list(cast(Sequence[str], g["params"])) for g in facts.groups]
     here = [names for names, _ in _groups(bindings)]
     if saved != here:

@@ -249,9 +249,9 @@ class Binding:
         params: dict[str, nn.Parameter] = {}
         for unit in self.engine.units:
             flat = unit.masters()
-            for span in unit.layout.spans:
-                params[span.name] = unit.params[span.name]
-                params[span.name].data = flat[span.start : span.stop].view(span.shape).clone()
+            for name, view in unit.views_of(flat).items():
+                params[name] = unit.params[name]
+                params[name].data = view.clone()
         for optimizer, step, groups in zip(self.optimizers, self._steps, self.group_names, strict=True):
             for names, group in zip(groups, optimizer.param_groups, strict=True):
                 group["params"] = [params[n] for n in names]

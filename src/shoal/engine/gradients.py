@@ -152,13 +152,12 @@ class Gradients:
     def _flat(self, unit: Unit, grads: dict[str, Tensor], leaf: int) -> Tensor:
         flat = self.pool.take(unit.numel, unit.dtypes.reduce, unit.device)
         with torch.no_grad():
-            for s in unit.layout.spans:
-                view = flat[s.start : s.stop]
-                grad = grads.get(s.name)
+            for name, view in unit.views_of(flat).items():
+                grad = grads.get(name)
                 if grad is None:
                     view.zero_()
                 else:
-                    view.view(s.shape).copy_(grad)
+                    view.copy_(grad)
             if self.scale is not None:
                 flat.mul_(1 / self.scale.scale)
                 if not bool(flat.sum().isfinite()):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from shoal.engine.unit import Unit
 from shoal.errors import OptimizerError
-from shoal.layout import ALIGN
+from shoal.layout import ALIGN, Interval
 from shoal.optim import NeedsNorms
 
 
@@ -54,7 +54,7 @@ def granule(optimizer: Optimizer, elementwise: bool | None) -> int:
         return own
     if elementwise is None and isinstance(optimizer, NeedsNorms):
         return ALIGN
-    torch_own = type(optimizer).__module__.startswith("torch.optim.")
+    torch_own = f"{type(optimizer).__module__}.".startswith("torch.optim.")
     if elementwise and torch_own and type(optimizer).__name__ not in _ELEMENTWISE:
         raise OptimizerError(
             f"elementwise=True with {type(optimizer).__name__}, whose update of an element reads its neighbours",
@@ -140,46 +140,42 @@ def point_to_pieces(optimizer: Optimizer, units: Iterable[Unit]) -> dict[nn.Para
     Raises:
         OptimizerError: state of another shape than its parameter's, for a parameter that is cut.
     """
-    pieces: dict[nn.Parameter, tuple[str, nn.Parameter, int, int, bool]] = {}
+    pieces: dict[nn.Parameter, tuple[Unit, Interval]] = {}
     names: dict[nn.Parameter, str] = {}
     for unit in units:
         for p in unit.layout.pieces(unit.shard.rank):
             piece = unit.pieces[p.name]
-            pieces[unit.params[p.name]] = (p.name, piece, p.start, p.stop, p.complete)
+            pieces[unit.params[p.name]] = (unit, p)
             names[piece] = p.name
     old = dict(optimizer.state)
     optimizer.state.clear()
     for group in optimizer.param_groups:
         params = cast(list[nn.Parameter], group["params"])
-        group["params"] = [pieces[p][1] for p in params if p in pieces]
-        for param in params:
-            if param in pieces and param in old:
-                name, piece, start, stop, complete = pieces[param]
-                optimizer.state[piece] = {
-                    key: _cut_blocks(value, granule, start, stop)
-                    if (granule := in_blocks(value, param, optimizer))
-                    else _cut(value, param, piece, name, key, start, stop, complete)
-                    for key, value in cast(dict[str, object], old[param]).items()
-                }
+        held = [(p, *pieces[p]) for p in params if p in pieces]
+        group["params"] = [unit.pieces[place.name] for _, unit, place in held]
+        for param, unit, place in held:
+            if param in old:
+                state = cast(dict[str, object], old[param])
+                cut = {key: _cut(value, key, param, unit, place, optimizer) for key, value in state.items()}
+                optimizer.state[unit.pieces[place.name]] = cut
     return names
 
 
-def _cut_blocks(value: object, granule: int, start: int, stop: int) -> Tensor:
-    return cast(Tensor, value)[start // granule : -(-stop // granule)].clone()
-
-
 def _cut(
-    value: object, param: nn.Parameter, piece: nn.Parameter, name: str, key: str, start: int, stop: int, complete: bool
-) -> object:
+    value: object, key: str, param: nn.Parameter, unit: Unit, place: Interval, optimizer: Optimizer
+) -> object:  # fmt: skip
+    """The part of one state of a parameter that belongs to the piece at `place`."""
     if not isinstance(value, Tensor) or (value.dim() == 0 and value.shape != param.shape):
         return value
     if value.shape == param.shape:
-        part = value.detach().reshape(-1)[start:stop].clone()
-        return part.view(piece.shape)
-    if complete:
+        flat = unit.as_it_lies(place.name, value.detach()).reshape(-1)
+        return flat[place.start : place.stop].clone().view(unit.pieces[place.name].shape)
+    if granule := in_blocks(value, param, optimizer):
+        return value[place.start // granule : -(-place.stop // granule)].clone()
+    if place.complete:
         return value
     raise OptimizerError(
-        f"state '{key}' of '{name}' has shape {tuple(value.shape)} and cannot be cut as its parameter of shape "
+        f"state '{key}' of '{place.name}' has shape {tuple(value.shape)} and cannot be cut as its parameter of shape "
         f"{tuple(param.shape)}",
         remedy="prepare(..., elementwise=False), which keeps every parameter on one rank",
     )

@@ -155,7 +155,8 @@ def describe(model: nn.Module, optimizers: Sequence[Optimizer], cut: Sequence[Pa
         found[f"buffer '{name}'"] = f"{tuple(b.shape)} {str(b.dtype).removeprefix('torch.')}"
     for part in cut:
         unit = f"unit '{part.name}' {part.dtypes.compute} {part.trainable}"
-        found[unit] = f"{list(part.params)} {part.layout.bounds}"
+        orders = f" {dict(part.orders)}" if part.orders else ""
+        found[unit] = f"{list(part.params)} {part.layout.bounds}{orders}"
     for n, optimizer in enumerate(optimizers):
         which = "optimizer" if len(optimizers) == 1 else f"optimizer {n}"
         found[which] = type(optimizer).__name__

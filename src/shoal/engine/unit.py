@@ -26,6 +26,15 @@ class Part:
     dtypes: Dtypes
     trainable: bool
     layout: Layout
+    orders: Mapping[str, tuple[int, ...]]  # of parameters that do not lie row by row: their dimensions as they lie
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the farthest strides to the nearest; None: row by row, or with gaps."""
+    order = tuple(sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d)))
+    if tensor.is_contiguous() or not tensor.permute(order).is_contiguous():
+        return None
+    return order
 
 
 class Unit:
@@ -40,6 +49,7 @@ class Unit:
         """`resident`: the whole stays on every rank between steps."""
         self.index, self.name, self.module, self.layout = index, part.name, part.module, part.layout
         self.params, self.dtypes, self.trainable = part.params, part.dtypes, part.trainable
+        self.orders = part.orders
         same = part.dtypes.compute == part.dtypes.master
         self.shard, self.resident = shard, resident or (shard.size == 1 and same)
         self.mine = self.layout.shard(shard.rank)
@@ -48,7 +58,7 @@ class Unit:
         self.whole = masters if same else masters.to(self.dtypes.compute)
         keeps = masters[self.mine]
         self.master = keeps if same and self.resident else keeps.clone()
-        self.views = self._views_of(self.whole)
+        self.views = self.views_of(self.whole)
         self.lent = self.whole
         self.wide: Tensor | None = None
         self.pieces = {p.name: self._piece(p) for p in self.layout.pieces(shard.rank)}
@@ -70,15 +80,28 @@ class Unit:
         flat = torch.zeros(self.layout.numel, dtype=self.dtypes.master, device=self.device)
         with torch.no_grad():
             for s in self.layout.spans:
-                flat[s.start : s.stop].copy_(self.params[s.name].detach().reshape(-1))
+                flat[s.start : s.stop].copy_(self.as_it_lies(s.name, self.params[s.name].detach()).reshape(-1))
         return flat
 
-    def _views_of(self, flat: Tensor) -> dict[str, Tensor]:
-        return {s.name: flat[s.start : s.stop].view(s.shape) for s in self.layout.spans}
+    def as_it_lies(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of a parameter's shape, with its dimensions in the order in which the parameter lies in memory."""
+        return tensor.permute(self.orders[name]) if name in self.orders else tensor
+
+    def views_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parameters in a flat buffer, in their own shapes."""
+        return {s.name: self._view(s.name, s.shape, flat[s.start : s.stop]) for s in self.layout.spans}
+
+    def _view(self, name: str, shape: Sequence[int], flat: Tensor) -> Tensor:
+        order = self.orders.get(name)
+        if order is None:
+            return flat.view(shape)
+        back = sorted(range(len(order)), key=lambda d: order[d])
+        return flat.view([shape[d] for d in order]).permute(back)
 
     def _piece(self, p: Interval) -> nn.Parameter:
         data = self.master[p.at : p.at + p.numel]
-        return nn.Parameter(data.view(p.shape) if p.complete else data, requires_grad=self.trainable)
+        shape = [p.shape[d] for d in self.orders.get(p.name, range(len(p.shape)))]
+        return nn.Parameter(data.view(shape) if p.complete else data, requires_grad=self.trainable)
 
     def widen(self) -> None:
         """Before an update that is rounded by chance: pieces are float32."""
@@ -157,7 +180,7 @@ class Unit:
                 flat[self.mine].copy_(self.master)
             self.shard.gather("gather", flat, self.layout.bounds).wait()
             self._check_holes()
-            self._show(self._views_of(flat))
+            self._show(self.views_of(flat))
             self.lent = flat
 
     def take_back(self) -> None:
@@ -185,7 +208,7 @@ class Unit:
     def keep_written(self) -> None:
         """Take over what the user wrote into what was lent, or put in its place."""
         with torch.no_grad():
-            for name, view in self._views_of(self.lent).items():
+            for name, view in self.views_of(self.lent).items():
                 if self.params[name].data_ptr() != self.shown[name]:
                     view.copy_(self.params[name])
             written = self.lent[self.mine]

@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from shoal.engine.precision import Dtypes, dtypes
-from shoal.engine.unit import Part, Unit
+from shoal.engine.unit import Part, Unit, memory_order
 from shoal.errors import ModelError, nearest
 from shoal.layout import Item, Layout
 from shoal.strategy import Cut, Strategy
@@ -80,6 +80,7 @@ def parts(
                 Part(
                     name=block or ROOT, module=blocks[block], params=group, dtypes=kinds, trainable=trainable,
                     layout=layout,
+                    orders={n: o for n, p in group.items() if granules.get(p, 64) and (o := memory_order(p))},
                 )
             )  # fmt: skip
     return made
