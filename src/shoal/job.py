@@ -27,6 +27,7 @@ from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
 from shoal.engine import setup
 from shoal.engine.binding import Binding
+from shoal.engine.fill import Fill
 from shoal.errors import OrderError
 from shoal.launch.rundir import RunDir, open_run_dir
 from shoal.logs import say
@@ -176,18 +177,18 @@ class Job:
     # ---------------------------------------------------------------- model and data
 
     @overload
-    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], /,
         *others: DataLoader[object] | LRScheduler,
         units: Sequence[str] | None = None, elementwise: bool | None = None,
-        float32: Sequence[str] = (), name: str = "",
+        float32: Sequence[str] = (), fill: Fill | None = None, name: str = "",
     ) -> tuple[object, ...]:  # fmt: skip
         """Spread a model and its optimizers over the ranks, and count out the batches of loaders. Collective.
 
@@ -202,6 +203,8 @@ class Job:
             elementwise: may the optimizer's parameters be cut anywhere? None: known for torch's, tried for others.
             float32: names of modules, or of their classes ("LayerNorm"), that compute in float32 whatever the
                 precision. Batch norm always does.
+            fill: for a model on the meta device, which gets its values block by block, so that no rank ever holds the
+                whole: called with every module to give it its own values. None: its `reset_parameters()`.
             name: of the model, where a job trains several. With several, every rank runs equally many leaves.
 
         Returns:
@@ -221,8 +224,8 @@ class Job:
         mesh = self._mesh if not self._bindings else self._mesh.again(len(self._bindings))
         wanted = setup.Wanted(
             strategy=self.strategy, rules=rules(self.strategy), mesh=mesh, meeting=self._meeting,
-            overlap=self.resolved.settings.overlap, units=units, elementwise=elementwise, float32=float32, facts=facts,
-            say=self._say, ended=self._feed.ended, number=len(self._bindings),
+            overlap=self.resolved.settings.overlap, units=units, elementwise=elementwise, float32=float32, fill=fill,
+            device=self.device, facts=facts, say=self._say, ended=self._feed.ended, number=len(self._bindings),
             first=sum(len(b.engine.units) for b in self._bindings.values()), prefix=f"{name}/" if name else "",
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from shoal.comm.meter import Meter
 from shoal.engine import optim
 from shoal.engine.binding import Binding
 from shoal.engine.engine import Engine
+from shoal.engine.fill import Fill, Filler
 from shoal.engine.guards import Uncopied, guard_model, guard_optimizer
 from shoal.engine.hooks import install
 from shoal.engine.precision import compute_dtype, keepers, kept
@@ -46,6 +48,8 @@ class Wanted:
     units: Sequence[str] | None
     elementwise: bool | None
     float32: Sequence[str]
+    fill: Fill | None
+    device: torch.device
     facts: Mapping[str, object]
     say: Callable[[str], None]
     ended: Callable[[Engine, bool], None]
@@ -62,7 +66,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
         DivergedError: ranks prepare different things.
     """
     if not isinstance(w.mesh.world.carrier, Meter):
-        check_model(model, w.mesh.world.size)
+        check_model(model, w.mesh.world.size, w.device)
     optim.check(optimizers, model)
     granules = optim.granules(optimizers, model, w.elementwise)
     blocks = choose(model, w.units)
@@ -72,7 +76,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     same_start(model, w.mesh.world, w.say)
     group_names = [optim.group_names(optimizer, model) for optimizer in optimizers]
     resident = w.strategy.shard < Shard.PARAMETERS
-    units = [Unit(w.first + i, part, w.mesh.shard, resident=resident) for i, part in enumerate(cut)]
+    units = [Unit(w.first + i, part, w.mesh.shard, resident=resident) for i, part in _filled(model, optimizers, cut, w)]
     names: dict[nn.Parameter, str] = {}
     for optimizer in optimizers:
         names |= optim.point_to_pieces(optimizer, units)
@@ -93,15 +97,33 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     return binding
 
 
+def _filled(
+    model: nn.Module, optimizers: Sequence[Optimizer], cut: Sequence[Part], w: Wanted
+) -> Iterator[tuple[int, Part]]:  # fmt: skip
+    """The units' parts, numbered. Those of a meta model get their values one block at a time."""
+    filler: Filler | None = None
+    meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    if meta and not isinstance(w.mesh.world.carrier, Meter):
+        filler = Filler(model, optimizers, w.device, cast(int, w.facts["seed"]), w.fill)
+    at = 0
+    for _, group in groupby(cut, key=lambda part: id(part.module)):
+        parts = list(group)
+        for part in filler.block(parts) if filler is not None else parts:
+            yield at, part
+            at += 1
+    if filler is not None:
+        filler.rest()
+
+
 def leaves_of(s: Strategy, mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], ...]:
     """Who computes which leaf."""
     assert s.leaves is not None
     return assign(s.leaves, mesh.copies.size, mesh.shard.size, every_leaf=every_leaf(rules), twig=s.twig)
 
 
-def check_model(model: nn.Module, world: int) -> None:
-    """Raises `ModelError` for what shoal cannot spread over ranks."""
-    one_device({n: str(p.device) for n, p in model.named_parameters()}, world)
+def check_model(model: nn.Module, world: int, device: torch.device) -> None:
+    """Raises `ModelError` for what shoal cannot spread over ranks. Meta parameters will be on `device`."""
+    one_device({n: str(device if p.is_meta else p.device) for n, p in model.named_parameters()}, world)
     modules = dict(cast(Iterable[tuple[str, nn.Module]], model.named_modules()))
     for name, module in modules.items():
         if isinstance(module, nn.SyncBatchNorm):
@@ -189,7 +211,7 @@ def same_start(model: nn.Module, world: Group, say: Callable[[str], None]) -> No
     """Everybody starts from rank 0's values. Collective."""
     if world.size == 1 or isinstance(world.carrier, Meter):
         return
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.is_meta]
     mine = hashlib.sha256()
     for _, tensor in tensors:
         mine.update(_bytes(tensor).numpy().tobytes())

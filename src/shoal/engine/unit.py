@@ -27,6 +27,7 @@ class Part:
     trainable: bool
     layout: Layout
     orders: Mapping[str, tuple[int, ...]]  # of parameters that do not lie row by row: their dimensions as they lie
+    flat: Tensor | None = None  # the parameters' values, if they lie in one buffer already
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
@@ -35,6 +36,14 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     if tensor.is_contiguous() or not tensor.permute(order).is_contiguous():
         return None
     return order
+
+
+def view_of(flat: Tensor, shape: Sequence[int], order: Sequence[int] | None) -> Tensor:
+    """A parameter that lies in `flat` with its dimensions in `order` (None: row by row)."""
+    if order is None:
+        return flat.view(shape)
+    back = sorted(range(len(order)), key=lambda d: order[d])
+    return flat.view([shape[d] for d in order]).permute(back)
 
 
 class Unit:
@@ -54,7 +63,7 @@ class Unit:
         self.shard, self.resident = shard, resident or (shard.size == 1 and same)
         self.mine = self.layout.shard(shard.rank)
         self.device = next(iter(self.params.values())).device
-        masters = self._flatten()
+        masters = self._flatten() if part.flat is None else part.flat.to(self.dtypes.master)
         self.whole = masters if same else masters.to(self.dtypes.compute)
         keeps = masters[self.mine]
         self.master = keeps if same and self.resident else keeps.clone()
@@ -89,14 +98,7 @@ class Unit:
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """The parameters in a flat buffer, in their own shapes."""
-        return {s.name: self._view(s.name, s.shape, flat[s.start : s.stop]) for s in self.layout.spans}
-
-    def _view(self, name: str, shape: Sequence[int], flat: Tensor) -> Tensor:
-        order = self.orders.get(name)
-        if order is None:
-            return flat.view(shape)
-        back = sorted(range(len(order)), key=lambda d: order[d])
-        return flat.view([shape[d] for d in order]).permute(back)
+        return {s.name: view_of(flat[s.start : s.stop], s.shape, self.orders.get(s.name)) for s in self.layout.spans}
 
     def _piece(self, p: Interval) -> nn.Parameter:
         data = self.master[p.at : p.at + p.numel]
