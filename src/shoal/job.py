@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -177,18 +177,19 @@ class Job:
     # ---------------------------------------------------------------- model and data
 
     @overload
-    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], /,
         *others: DataLoader[object] | LRScheduler,
         units: Sequence[str] | None = None, elementwise: bool | None = None,
-        float32: Sequence[str] = (), fill: Fill | None = None, name: str = "",
+        float32: Sequence[str] = (), fill: Fill | None = None,
+        compile: bool | Mapping[str, object] = False, name: str = "",
     ) -> tuple[object, ...]:  # fmt: skip
         """Spread a model and its optimizers over the ranks, and count out the batches of loaders. Collective.
 
@@ -205,6 +206,7 @@ class Job:
                 precision. Batch norm always does.
             fill: for a model on the meta device, which gets its values block by block, so that no rank ever holds the
                 whole: called with every module to give it its own values. None: its `reset_parameters()`.
+            compile: torch.compile the forward of every block, in every strategy alike; a dict gives its options.
             name: of the model, where a job trains several. With several, every rank runs equally many leaves.
 
         Returns:
@@ -219,14 +221,15 @@ class Job:
         facts = {
             "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
-            "float32": list(float32),
+            "float32": list(float32), "compile": str(compile),
         }  # fmt: skip
         mesh = self._mesh if not self._bindings else self._mesh.again(len(self._bindings))
         wanted = setup.Wanted(
             strategy=self.strategy, rules=rules(self.strategy), mesh=mesh, meeting=self._meeting,
             overlap=self.resolved.settings.overlap, units=units, elementwise=elementwise, float32=float32, fill=fill,
-            device=self.device, facts=facts, say=self._say, ended=self._feed.ended, number=len(self._bindings),
-            first=sum(len(b.engine.units) for b in self._bindings.values()), prefix=f"{name}/" if name else "",
+            compile=compile, device=self.device, facts=facts, say=self._say, ended=self._feed.ended,
+            number=len(self._bindings), first=sum(len(b.engine.units) for b in self._bindings.values()),
+            prefix=f"{name}/" if name else "",
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)
         self._wanted[name], binding.on_step = wanted, self._steps

@@ -19,6 +19,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine import optim
 from shoal.engine.binding import Binding
+from shoal.engine.compiling import check_uncompiled, compile_blocks
 from shoal.engine.engine import Engine
 from shoal.engine.fill import Fill, Filler
 from shoal.engine.guards import Uncopied, guard_model, guard_optimizer
@@ -49,6 +50,7 @@ class Wanted:
     elementwise: bool | None
     float32: Sequence[str]
     fill: Fill | None
+    compile: bool | Mapping[str, object]
     device: torch.device
     facts: Mapping[str, object]
     say: Callable[[str], None]
@@ -93,6 +95,9 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     if w.mesh.shard.size > 1:
         handles += [handle for optimizer in optimizers for handle in guard_optimizer(optimizer)]
     handles += guard_model(engine)
+    if w.compile is not False:
+        options = dict[str, object]() if w.compile is True else w.compile
+        handles += compile_blocks(units, options, w.mesh.world.carrier)
     binding.handles += [*handles, Uncopied(engine, handles)]
     return binding
 
@@ -124,6 +129,7 @@ def leaves_of(s: Strategy, mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], .
 def check_model(model: nn.Module, world: int, device: torch.device) -> None:
     """Raises `ModelError` for what shoal cannot spread over ranks. Meta parameters will be on `device`."""
     one_device({n: str(device if p.is_meta else p.device) for n, p in model.named_parameters()}, world)
+    check_uncompiled(model)
     modules = dict(cast(Iterable[tuple[str, nn.Module]], model.named_modules()))
     for name, module in modules.items():
         if isinstance(module, nn.SyncBatchNorm):
