@@ -161,3 +161,52 @@ def test_a_leaf_alone_is_untouched(name: str) -> None:
     want = torch.cat([p.detach().flatten() for p in model.parameters()])
     for got in run(3, rank_main):
         assert torch.equal(got, want)
+
+
+SIZES = [5, 1, 2, 4, 3, 3, 6, 1]
+"""Of the leaves of two steps."""
+
+
+@pytest.mark.parametrize("by", ["samples", "tokens"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_leaves_of_unequal_sizes(name: str, world: int, by: str) -> None:
+    """A batch sampler that fills batches by length; or tokens of which some do not count. float64, within 1e-9."""
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(sum(SIZES), 11, generator=g).double(), torch.randn(sum(SIZES), 11, generator=g).double()
+    counts = torch.rand(sum(SIZES), 11, generator=g) < 0.6 if by == "tokens" else torch.ones(sum(SIZES), 11) > 0
+    ends = [sum(SIZES[: i + 1]) for i in range(len(SIZES))]
+    batches = [list(range(end - size, end)) for size, end in zip(SIZES, ends, strict=True)]
+
+    def loss_of(model: nn.Module, a: Tensor, b: Tensor, count: Tensor) -> Tensor:
+        return ((model(a) - b).square() * count).sum() / count.sum()
+
+    def whole() -> Tensor:
+        torch.manual_seed(1)
+        model = Smooth().double()
+        opt = sgd(model)
+        for first, stop in ((0, ends[3]), (ends[3], ends[7])):
+            opt.zero_grad()
+            loss_of(model, x[first:stop], y[first:stop], counts[first:stop]).backward()
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def rank_main(_rank: int) -> Tensor | None:
+        with shoal.init(name, leaves=4, run_dir="none", device="cpu") as job:
+            torch.manual_seed(1)
+            model = Smooth().double()
+            source = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, counts), batch_sampler=batches)
+            model, opt, loader = job.prepare(model, sgd(model), source)
+            for a, b, count in loader:
+                loss = loss_of(model, a, b, count)
+                if by == "tokens":
+                    job.weight(int(count.sum()), full=40)
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+            state = job.state_dict(model)
+            return torch.cat([v.flatten() for v in state.values()]) if job.rank == 0 else None
+
+    got = run(world, rank_main)[0]
+    assert got is not None
+    assert (got - whole()).abs().max().item() < 1e-9
