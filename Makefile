@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# Tests run in two processes: those that start processes of their own, and the others.
+PARALLEL ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-system lint types layers docs check bench-quick clean
@@ -25,7 +27,7 @@ demo: $(STAMP)  ## train the example under ZeRO-3 with 2 workers
 	$(BIN)/python examples/gpt.py --strategy zero3 --workers 2 $(ARGS)
 
 test: $(STAMP)  ## everything but the tests marked system or slow
-	$(BIN)/python -m pytest -m "not system and not slow" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not slow" $(ARGS)
 
 # pytest exits with 5 when nothing is marked so.
 test-slow: $(STAMP)  ## the tests marked slow

@@ -1,14 +1,25 @@
-"""What all tests share: the pool of workers, and the count of tests left to other targets."""
+"""What all tests share: the pool of workers, who runs beside whom, and the count of tests left to other targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from tests.pool import Pool
 
 LEFT = pytest.StashKey[dict[str, int]]()
+HERE = Path(__file__).parent
+PROCESSES = ("benchmarks", "cli", "examples", "faults", "launch", "processes", "system", "test_docs.py", "test_pool.py")
+"""Tests that start processes: one after the other, beside those that do not."""
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(HERE).parts[0] in PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +45,24 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
         target = next((name for name in ("system", "slow") if item.get_closest_marker(name)), None)
         if target is not None:
             item.config.stash[LEFT][target] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # pytest-xdist: one of several processes, which all deselect the same
+        output["left"] = session.config.stash[LEFT]
+
+
+class Node(Protocol):
+    """A process of pytest-xdist."""
+
+    config: pytest.Config
+    workeroutput: Mapping[str, dict[str, int]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Node) -> None:
+    node.config.stash[LEFT] = getattr(node, "workeroutput", {}).get("left", node.config.stash[LEFT])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
