@@ -106,7 +106,8 @@ class Job:
         s = resolved.settings
         self.resolved = resolved
         self._carrier = carrier
-        self._mesh = Mesh.of(carrier, strategy.ranks_per_copy if isinstance(strategy.ranks_per_copy, int) else 1)
+        copy = strategy.ranks_per_copy if isinstance(strategy.ranks_per_copy, int) else 1
+        self._mesh = Mesh.of(carrier, copy, strategy.tensor)
         self._meeting = Meeting(self._mesh.world)
         self._meeting.make_room(32)
         self._bindings: dict[str, Binding] = {}
@@ -543,6 +544,11 @@ class Job:
         return found
 
     def _between_steps(self, what: str) -> None:
+        if self.strategy.tensor > 1:
+            raise OrderError(
+                f"{what} with tensor={self.strategy.tensor}: it would write boxes of DTensors as if they were all",
+                remedy="p.full_tensor() for every parameter of the model, or torch.distributed.checkpoint",
+            )
         engines = [b.engine for b in self._all_bound()]
         if any(e.leaf is not None or e.turn or e.settled or e.resting for e in engines):
             raise OrderError(f"{what} in the middle of a step", remedy="call it when job.stepped is True")

@@ -58,6 +58,7 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
         masters=s.masters,
         precision=s.precision,
         cut=Cut(s.cut),
+        tensor=given.tensor if isinstance(given, Strategy) else base.tensor,
         reduce=given.reduce if isinstance(given, Strategy) else base.reduce,
     )
 

@@ -40,7 +40,9 @@ class Strategy:
         shard: what the ranks of one copy divide among them.
         ranks_per_copy: ranks that hold one model together. None: the world, or 1 if nothing is sharded; "host": the
             ranks of one host.
-        leaves: micro-batches of one step, whoever computes them. None: the world at first start.
+        tensor: ranks that compute one leaf together, joined by torch's tensor parallelism, which has made DTensors of
+            the model's parameters before `prepare`. Nothing else than that is divided inside such a cell.
+        leaves: micro-batches of one step, whoever computes them. None: the world at first start (its cells).
         twig: so many neighbouring leaves are added in place, one after the other, before the tree: fewer buffers and
             less traffic, no finer division of work. Part of the numbers.
         precision: "float32" computes in the model's own dtypes; "bfloat16" and "float16" compute float32 parameters in
@@ -55,6 +57,7 @@ class Strategy:
 
     shard: Shard = Shard.NOTHING
     ranks_per_copy: int | Literal["host"] | None = None
+    tensor: int = 1
     leaves: int | None = None
     twig: int = 1
     precision: str = "float32"
@@ -73,6 +76,12 @@ class Strategy:
             )
         if self.leaves is not None and self.leaves < 1:
             raise StrategyError(f"leaves={self.leaves}: a step has at least one leaf", remedy="leaves=1")
+        if self.tensor < 1 or (self.tensor > 1 and self.shard is Shard.PARAMETERS):
+            raise StrategyError(
+                f"tensor={self.tensor} with shard={self.shard.name}",
+                cause="DTensors stay where they are; optimizer state and gradients can be cut across cells",
+                remedy="shard=Shard.GRADIENTS or less, and tensor of at least 1",
+            )
         if self.twig < 1:
             raise StrategyError(f"twig={self.twig}: a twig has at least one leaf", remedy="twig=1")
         for field, known in (("precision", PRECISIONS), ("reduce", REDUCTIONS)):
@@ -108,6 +117,10 @@ class Strategy:
         Raises:
             StrategyError: `world` does not divide into copies.
         """
+        if world % self.tensor:
+            near = max(n for n in range(1, min(self.tensor, world) + 1) if world % n == 0)
+            raise StrategyError(f"a world of {world} ranks has no cells of {self.tensor}", remedy=f"tensor={near}")
+        world, local_world = world // self.tensor, local_world // self.tensor  # from here on: cells
         ranks = self.ranks_per_copy
         if ranks is None:
             ranks = 1 if self.shard is Shard.NOTHING else world

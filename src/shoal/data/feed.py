@@ -67,8 +67,8 @@ class LeafFeed:
             engine.seed = seed
 
     @property
-    def rank(self) -> int:
-        return self.mesh.world.rank
+    def cell(self) -> int:
+        return self.mesh.cell
 
     @property
     def leaves(self) -> int:
@@ -172,7 +172,7 @@ class LeafFeed:
     def mean(self, value: float | Tensor) -> float | None:
         """See `Job.mean`."""
         if self.means.handed is None:  # outside of all leaves every rank counts once
-            self.means.begin(Handed(self.rank, 1.0, 0, Turns.one_each(self.mesh.world.size)))
+            self.means.begin(Handed(self.cell, 1.0, 0, Turns.one_each(self.mesh.cells)))
         if isinstance(value, Tensor):
             value = 0.0 if value.is_meta else float(value.detach())
-        return self.means.mean(value, self.rank, self.step)
+        return self.means.mean(value, self.cell, self.step)

@@ -20,7 +20,10 @@ class Feed(Protocol):
     """What a loader needs of the job."""
 
     @property
-    def rank(self) -> int: ...
+    def cell(self) -> int:
+        """Whose leaves this rank computes."""
+        ...
+
     @property
     def leaves(self) -> int: ...
     @property
@@ -109,8 +112,8 @@ class Loader(Generic[T_co]):
             leaves = steps[number]
             turns = self.feed.new_turns(len(leaves))
             turns.learn({leaf: batch.weight for leaf, batch in enumerate(leaves)})
-            for turn in range(turns.run_by(self.feed.rank)):
-                leaf = turns.leaf(self.feed.rank, turn)
+            for turn in range(turns.run_by(self.feed.cell)):
+                leaf = turns.leaf(self.feed.cell, turn)
                 batch = leaves[leaf or 0]
                 found.append(
                     (number, Handed(leaf, batch.weight if leaf is not None else 0.0, turn, turns), batch.indices)

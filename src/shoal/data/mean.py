@@ -31,7 +31,7 @@ class Means:
         if self.handed is not None:
             self.handed = self.handed._replace(weight=weight)
 
-    def mean(self, value: float, rank: int, step: int) -> float | None:
+    def mean(self, value: float, cell: int, step: int) -> float | None:
         """See `Job.mean`. The n-th call in a leaf belongs to the n-th call in the others."""
         handed = self.handed
         assert handed is not None, "begin comes first"
@@ -39,7 +39,7 @@ class Means:
         self.calls += 1
         if handed.leaf is not None:
             mine[handed.leaf] = (value, handed.weight)
-        if handed.turn < handed.turns.run_by(rank) - 1:
+        if handed.turn < handed.turns.run_by(cell) - 1:
             return None
         self.meeting.meet(Want.MEAN, step)
         packed = b"".join(_VALUE.pack(leaf, v, w) for leaf, (v, w) in mine.items())

@@ -133,7 +133,7 @@ class Binding:
         engine.meeting.meet(Want.CLIP, engine.steps, model=engine.number)
         if engine.overflow is not None:
             return math.inf
-        norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh.shard)
+        norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh)
         scale = min(max_norm / (norm + 1e-6), 1.0)  # in this order NaN stays NaN, as in torch
         with torch.no_grad():
             for unit in engine.units:

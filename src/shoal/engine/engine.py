@@ -68,7 +68,7 @@ class Engine:
         self.seed = 0
         self.say: Callable[[str], None] = lambda _text: None
         self.before_open: Callable[[], None] = lambda: None
-        self.buffers = Buffers(model, mesh.world)
+        self.buffers = Buffers(model, mesh.data)
         self.on_open: Callable[[Engine, Leaf], None] = lambda _engine, _leaf: None
         self._wanted: int | None = None
         meeting.granters.append(self.grant)
@@ -104,7 +104,7 @@ class Engine:
     @property
     def own_turns(self) -> int:
         """How many turns of this step run user code on this rank: at least one, so that all ranks run it."""
-        return self.turns.run_by(self.rank)
+        return self.turns.run_by(self.mesh.cell)
 
     def open(self) -> None:
         """Begin a leaf, unless one is under way."""
@@ -121,7 +121,7 @@ class Engine:
         self._check_parameters()
         if self.turn == 0 and self.coming is not None:
             self._new_step(self.coming.present)
-        number = self.turns.leaf(self.rank, self.turn)
+        number = self.turns.leaf(self.mesh.cell, self.turn)
         info, self.coming = self.coming or LeafInfo(number, 1.0, self.leaves), None
         if info.leaf != number:
             raise OrderError(
@@ -168,9 +168,9 @@ class Engine:
         if leaf is not None:
             self.gradients.drop_held(leaf)
             self._free_all()
-            self.buffers.end(self.rank if acted else None, 1.0)
+            self.buffers.end(self.mesh.cell if acted else None, 1.0)
         if acted and any(self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed]))):
-            self.buffers.settle(Turns.one_each(self.mesh.world.size))
+            self.buffers.settle(Turns.one_each(self.mesh.cells))
 
     def _free_all(self) -> None:
         for unit in self.units:

@@ -14,6 +14,7 @@ from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine.away import AwayGrad
+from shoal.engine.cells import local_gradient
 from shoal.engine.leaf import Leaf
 from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.sums import Flow, Pool, Sum, Sums, agree, drain, new_tree, own, swap
@@ -132,7 +133,7 @@ class Gradients:
             value = Sum(self._flat(unit, grads, leaf.number)) if leaf.weight else None
             self._put(unit, leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
         if self._last(leaf):
-            for absent in self.turns.absent(self.mesh.world.rank):
+            for absent in self.turns.absent(self.mesh.cell):
                 self._put(unit, absent, Weighed(None))
 
     def _put(self, unit: Unit, leaf: int, value: Weighed[Sum]) -> None:
@@ -147,7 +148,8 @@ class Gradients:
 
     def _grad(self, name: str, param: nn.Parameter) -> Tensor | None:
         held = self.held.pop(name, None)
-        return held if param.grad is self.guards[name] else param.grad
+        grad = held if param.grad is self.guards[name] else param.grad
+        return None if grad is None else local_gradient(grad, param)
 
     def _flat(self, unit: Unit, grads: dict[str, Tensor], leaf: int) -> Tensor:
         flat = self.pool.take(unit.numel, unit.dtypes.reduce, unit.device)
@@ -204,7 +206,7 @@ class Gradients:
             return
         self.weights_known = leaf.turn
         turns = self.turns
-        mine = turns.of(self.mesh.world.rank)
+        mine = turns.of(self.mesh.cell)
         if leaf.number is not None:
             turns.weights[leaf.number] = leaf.weight
         payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine))
@@ -213,7 +215,7 @@ class Gradients:
             turns.assume_full()  # in a dry run everybody answers what this rank says
             return
         for rank, answer in enumerate(answers):
-            theirs = turns.of(rank)
+            theirs = turns.of(self.mesh.cell_of(rank))
             turns.learn(dict(zip(theirs, struct.unpack_from(f"<{len(theirs)}d", answer), strict=True)))
 
     def _continue(self) -> None:
@@ -228,7 +230,7 @@ class Gradients:
         """Inside a copy: every owner gets its shard of all partial sums."""
         shard = self.mesh.shard
         mine, tree = drain(self.mine[unit.index]), self.sums[unit.index]
-        first = self.mesh.world.rank - shard.rank
+        first = self.mesh.cell - shard.rank
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from shoal.comm.group import Group
+from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine.unit import Unit
 from shoal.leaves import Node
@@ -22,28 +23,32 @@ _NODE = struct.Struct("<iqqd")  # parameter, level, place, value
 _PART = struct.Struct("<iiqqd")  # parameter, which of its tensors, level, place, value
 
 
-def global_norm(units: Sequence[Unit], order: Mapping[str, int], shard: Group) -> float:
+def global_norm(units: Sequence[Unit], order: Mapping[str, int], mesh: Mesh) -> float:
     """The 2-norm of all gradients of the step, equal on all ranks.
 
     Args:
         units: with the step's gradients in their pieces.
         order: parameter names and their places in the model.
-        shard: the ranks that hold the other pieces.
+        mesh: the ranks of a copy hold the other pieces, and other boxes of what is spread over a cell.
     """
+    group, lanes, lane = mesh.copy, mesh.tensor.size, mesh.tensor.rank
     found: list[tuple[int, Node, float]] = []
     sizes: dict[int, int] = {}
     for unit in units:
         for s in unit.layout.spans:
-            sizes[order[s.name]] = s.numel
-        for p in unit.layout.pieces(shard.rank):
+            sizes |= {order[s.name] * lanes + other: s.numel for other in range(lanes)}
+        for p in unit.layout.pieces(mesh.shard.rank):
             grad = unit.pieces[p.name].grad
-            if grad is not None:
-                found += [(order[p.name], n, v) for n, v in squares(grad.reshape(-1), p.start).items()]
+            spread = p.name in unit.spread
+            if grad is not None and (spread or lane == 0):  # what all ranks of a cell hold counts once
+                key = order[p.name] * lanes + lane
+                found += [(key, n, v) for n, v in squares(grad.reshape(-1), p.start).items()]
     packed = b"".join(_NODE.pack(i, n.level, n.place, v) for i, n, v in found)
-    most = max(sum(count_nodes(p.start, p.stop) for u in units for p in u.layout.pieces(r)) for r in range(shard.size))
+    parts_of = range(mesh.shard.size)
+    most = max(sum(count_nodes(p.start, p.stop) for u in units for p in u.layout.pieces(r)) for r in parts_of)
     packed = len(found).to_bytes(8, "little") + packed.ljust(most * _NODE.size, b"\0")
-    told = shard.share("norm", packed)
-    if isinstance(shard.carrier, Meter) and shard.carrier.size > 1:
+    told = group.share("norm", packed)
+    if isinstance(group.carrier, Meter) and group.carrier.size > 1:
         return 0.0
     parts: dict[int, dict[Node, float]] = {}
     for data in told:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shoal.engine.cells import spread
 from shoal.engine.unit import Unit
 from shoal.errors import OptimizerError
 from shoal.layout import ALIGN, Interval
@@ -120,8 +121,15 @@ def granules(
 ) -> dict[nn.Parameter, int]:  # fmt: skip
     """At which multiples of elements every parameter may be cut."""
     found = dict.fromkeys(model.parameters(), ALIGN)
+    names = {p: n for n, p in model.named_parameters()}
     for optimizer in optimizers:
         cut = granule(optimizer, elementwise)
+        apart = [p for group in optimizer.param_groups for p in group["params"] if spread(p)]
+        if apart and (cut != ALIGN or isinstance(optimizer, NeedsNorms)):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} reads whole parameters, and '{names[apart[0]]}' is spread over a cell",
+                remedy="an element-wise optimizer, such as torch.optim.AdamW, for what tensor parallelism spreads",
+            )
         found.update((p, cut) for group in optimizer.param_groups for p in group["params"])
     return found
 

@@ -19,6 +19,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine import optim
 from shoal.engine.binding import Binding
+from shoal.engine.cells import local
 from shoal.engine.compiling import check_uncompiled, compile_blocks
 from shoal.engine.engine import Engine
 from shoal.engine.fill import Fill, Filler
@@ -75,7 +76,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     keep = keepers(model, w.float32)
     cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules, keep)
     compare(describe(model, optimizers, cut, w), w.meeting)
-    same_start(model, w.mesh.world, w.say)
+    same_start(model, w.mesh.data, w.say)
     group_names = [optim.group_names(optimizer, model) for optimizer in optimizers]
     resident = w.strategy.shard < Shard.PARAMETERS
     units = [Unit(w.first + i, part, w.mesh.shard, resident=resident) for i, part in _filled(model, optimizers, cut, w)]
@@ -213,28 +214,28 @@ def compare(mine: Mapping[str, str], meeting: Meeting) -> None:
                 )
 
 
-def same_start(model: nn.Module, world: Group, say: Callable[[str], None]) -> None:
-    """Everybody starts from rank 0's values. Collective."""
-    if world.size == 1 or isinstance(world.carrier, Meter):
+def same_start(model: nn.Module, data: Group, say: Callable[[str], None]) -> None:
+    """All cells start from the first one's values. Collective."""
+    if data.size == 1 or isinstance(data.carrier, Meter):
         return
     tensors = [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.is_meta]
     mine = hashlib.sha256()
     for _, tensor in tensors:
         mine.update(_bytes(tensor).numpy().tobytes())
-    digests = world.share("start", mine.digest())
+    digests = data.share("start", mine.digest())
     if len(set(digests)) == 1:
         return
-    others = [str(r) for r, d in enumerate(digests) if d != digests[0]]
+    others = [str(r) for r, d in zip(data.ranks, digests, strict=True) if d != digests[0]]
     say(f"initial values of rank {', '.join(others)} differ from rank 0's: taking rank 0's (make the model after init)")
     with torch.no_grad():
         for _, tensor in tensors:
             raw = _bytes(tensor)
-            world.gather("start", raw, [0] + [raw.numel()] * world.size).wait()
-            tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+            data.gather("start", raw, [0] + [raw.numel()] * data.size).wait()
+            local(tensor).copy_(raw.view(tensor.dtype).view(local(tensor).shape))
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().clone().reshape(-1).view(torch.uint8)
+    return local(tensor).detach().cpu().contiguous().clone().reshape(-1).view(torch.uint8)
 
 
 def plan_line(binding: Binding, world: int) -> str:

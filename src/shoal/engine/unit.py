@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shoal.comm.group import Group, Pending
 from shoal.engine.away import hole, untouched
+from shoal.engine.cells import local, spread
 from shoal.engine.precision import Dtypes
 from shoal.engine.rounding import round_into
 from shoal.errors import AwayError
@@ -63,6 +64,7 @@ class Unit:
         self.shard, self.resident = shard, resident or (shard.size == 1 and same)
         self.mine = self.layout.shard(shard.rank)
         self.device = next(iter(self.params.values())).device
+        self.spread = frozenset(n for n, p in self.params.items() if spread(p))
         masters = self._flatten() if part.flat is None else part.flat.to(self.dtypes.master)
         self.whole = masters if same else masters.to(self.dtypes.compute)
         keeps = masters[self.mine]
@@ -89,7 +91,7 @@ class Unit:
         flat = torch.zeros(self.layout.numel, dtype=self.dtypes.master, device=self.device)
         with torch.no_grad():
             for s in self.layout.spans:
-                flat[s.start : s.stop].copy_(self.as_it_lies(s.name, self.params[s.name].detach()).reshape(-1))
+                flat[s.start : s.stop].copy_(self.as_it_lies(s.name, local(self.params[s.name]).detach()).reshape(-1))
         return flat
 
     def as_it_lies(self, name: str, tensor: Tensor) -> Tensor:
@@ -128,12 +130,12 @@ class Unit:
 
     def _show(self, values: Mapping[str, Tensor]) -> None:
         for name, param in self.params.items():
-            param.data = values[name]
-        self.shown = {n: p.data_ptr() for n, p in self.params.items()}
+            local(param).data = values[name]
+        self.shown = {n: local(p).data_ptr() for n, p in self.params.items()}
 
     def check_shown(self) -> None:
         """Raises `AwayError` when somebody has put other tensors in place of what is shown: they would not count."""
-        replaced = [n for n, p in self.params.items() if p.data_ptr() != self.shown[n]]
+        replaced = [n for n, p in self.params.items() if local(p).data_ptr() != self.shown[n]]
         if replaced:
             raise AwayError(
                 f"the values of {', '.join(map(repr, replaced))} were replaced by another tensor after prepare",
@@ -211,8 +213,8 @@ class Unit:
         """Take over what the user wrote into what was lent, or put in its place."""
         with torch.no_grad():
             for name, view in self.views_of(self.lent).items():
-                if self.params[name].data_ptr() != self.shown[name]:
-                    view.copy_(self.params[name])
+                if local(self.params[name]).data_ptr() != self.shown[name]:
+                    view.copy_(local(self.params[name]))
             written = self.lent[self.mine]
             changed = written != self.master.to(written.dtype)  # the rest keeps bits that a narrower dtype has not
             self.master.copy_(torch.where(changed, written.to(self.master.dtype), self.master))

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from shoal.engine.cells import local
 from shoal.engine.precision import Dtypes, dtypes
 from shoal.engine.unit import Part, Unit, memory_order
 from shoal.errors import ModelError, nearest
@@ -74,13 +75,13 @@ def parts(
     made: list[Part] = []
     for block, params in _claim(model, blocks).items():
         for (kinds, trainable), group in _alike(params, s, keep).items():
-            items = [Item(n, tuple(p.shape), granules.get(p, 64)) for n, p in group.items()]
+            items = [Item(n, tuple(local(p).shape), granules.get(p, 64)) for n, p in group.items()]
             layout = Layout.even(items, owners) if s.cut is Cut.EVEN else Layout.by_parameter(items, owners, loads)
             made.append(
                 Part(
                     name=block or ROOT, module=blocks[block], params=group, dtypes=kinds, trainable=trainable,
                     layout=layout,
-                    orders={n: o for n, p in group.items() if granules.get(p, 64) and (o := memory_order(p))},
+                    orders={n: o for n, p in group.items() if granules.get(p, 64) and (o := memory_order(local(p)))},
                 )
             )  # fmt: skip
     return made
