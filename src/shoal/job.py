@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ from shoal.rules import rules
 from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
+from shoal.trace import Trace, Traced
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
@@ -113,6 +115,8 @@ class Job:
         self._loaders: list[Loader[object]] = []
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._closed = False
+        self._trace = Trace.asked(os.environ if place.own_process else {})
+        self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
         self.threads = s.threads
         self._threads_before = torch.get_num_threads()
@@ -371,7 +375,8 @@ class Job:
         self._meeting.meet(Want.SAVE, self.step)
         self._carrier.hold("job.save")
         try:
-            target = resume.save(bindings, Path(path), self._facts(), self._share)
+            root = Path(path) if self._trace is None else self._trace.saved(Path(path))
+            target = resume.save(bindings, root, self._facts(), self._share)
         finally:
             self._carrier.hold("")
         self.event("save", step=self.step, path=str(target))
@@ -483,6 +488,12 @@ class Job:
         """Append a line to the run directory's events.jsonl (rank 0)."""
         if self.run_dir is not None:
             self.run_dir.event(kind, **fields)
+
+    def _take_trace(self) -> None:
+        if self._trace is not None:
+            facts = Traced(leaves=self.leaves, device=str(self.device))
+            models = {name: self.state_dict(binding.model) for name, binding in self._bindings.items()}
+            self._trace.take(self.rank, facts, cast(dict[str, dict[str, Tensor]], models))
 
     def _say(self, text: str) -> None:
         if self.rank == 0:

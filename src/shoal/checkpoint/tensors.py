@@ -37,6 +37,7 @@ class _Slice(Protocol):
 class _Opened(Protocol):
     """What of safetensors' untyped `safe_open` is used here."""
 
+    def keys(self) -> list[str]: ...
     def get_slice(self, name: str) -> _Slice: ...
     def get_tensor(self, name: str) -> Tensor: ...
 
@@ -51,6 +52,10 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: _Opened = self._read(lambda: safe_open(path, framework="pt"))
+
+    def keys(self) -> list[str]:
+        """The names of its tensors."""
+        return list(self._file.keys())
 
     def whole(self, key: str) -> Tensor:
         return self._read(lambda: self._file.get_tensor(key))
