@@ -4,6 +4,7 @@ A checkpoint is written beside its place, flushed and renamed, so a `step-N` tha
 every tensor which elements of which parameter it holds; any world size and any strategy reads its own pieces from that.
 """
 
+from shoal.checkpoint.export import Exported, export
 from shoal.checkpoint.facts import Meta
 from shoal.checkpoint.manifest import FORMAT, Entry, File, Manifest, Param
 from shoal.checkpoint.read import Reader, inspect, latest, verify
@@ -13,6 +14,7 @@ from shoal.checkpoint.write import Piece, save
 __all__ = [
     "FORMAT",
     "Entry",
+    "Exported",
     "File",
     "Manifest",
     "Meta",
@@ -20,6 +22,7 @@ __all__ = [
     "Piece",
     "Reader",
     "Share",
+    "export",
     "inspect",
     "latest",
     "save",

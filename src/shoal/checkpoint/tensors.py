@@ -105,9 +105,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str
         end = at + tensor.numel() * tensor.itemsize
         fields[key] = {"dtype": CODES[dtype_name(tensor)], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = header_of(fields)
     digests: dict[str, str] = {}
     with open(path, "xb") as file:
         file.write(header)
@@ -118,6 +116,13 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(header).hexdigest(), digests
+
+
+def header_of(fields: Mapping[str, object]) -> bytes:
+    """The beginning of a safetensors file: what each tensor is, and where it lies."""
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
