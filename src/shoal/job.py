@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from shoal import export, resume
+from shoal.checkpoint import check_keep, keep_newest
 from shoal.comm.group import Carrier
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
@@ -115,6 +116,7 @@ class Job:
         self._loaders: list[Loader[object]] = []
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._closed = False
+        self._resumed: Path | None = None
         self._trace = Trace.asked(os.environ if place.own_process else {})
         self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
@@ -358,11 +360,12 @@ class Job:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, keep: int | None = None) -> Path:
         """Write `path/step-N`: all state, whatever the strategy; it loads under any other. Collective.
 
         Args:
             path: a directory that all ranks see.
+            keep: so many of the newest whole checkpoints stay, this one included; older ones are deleted. None: all.
 
         Returns:
             The directory of this checkpoint.
@@ -371,12 +374,15 @@ class Job:
             SaveError: it could not be written (or is there already); older ones are intact.
         """
         bindings = self._all_bound()
+        if keep is not None:
+            check_keep(keep)
         self._between_steps("job.save")
         self._meeting.meet(Want.SAVE, self.step)
         self._carrier.hold("job.save")
         try:
             root = Path(path) if self._trace is None else self._trace.saved(Path(path))
             target = resume.save(bindings, root, self._facts(), self._share)
+            keep_newest(target, keep, self._resumed, rank=self.rank, share=self._share)
         finally:
             self._carrier.hold("")
         self.event("save", step=self.step, path=str(target))
@@ -408,6 +414,7 @@ class Job:
         self._feed.strategy, before = self._all_bound()[0].strategy, self.leaves
         if found.leaves != before:
             self._say(f"going on with the checkpoint's {found.leaves} leaves a step")
+        self._resumed = found.path
         self._feed.set_seed(found.seed)
         self.threads = found.threads
         torch.set_num_threads(found.threads)

@@ -6,6 +6,7 @@ every tensor which elements of which parameter it holds; any world size and any 
 
 from shoal.checkpoint.export import Exported, export
 from shoal.checkpoint.facts import Meta
+from shoal.checkpoint.keep import check_keep, keep_newest
 from shoal.checkpoint.manifest import FORMAT, Entry, File, Manifest, Param
 from shoal.checkpoint.read import Reader, inspect, latest, verify
 from shoal.checkpoint.together import Share
@@ -22,8 +23,10 @@ __all__ = [
     "Piece",
     "Reader",
     "Share",
+    "check_keep",
     "export",
     "inspect",
+    "keep_newest",
     "latest",
     "save",
     "verify",
