@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from torch import nn
 import shoal
 from shoal.checkpoint import verify
 from shoal.comm.threads import run
-from shoal.errors import SaveError
+from shoal.errors import DamagedError, SaveError
 from tests.pool import Pool
 
 SMALL = 20_000  # bytes that a file may have; each rank's part is larger
@@ -109,3 +110,29 @@ def test_a_directory_that_may_not_be_written(place: Path) -> None:
     assert "older checkpoints are as they were" in text
     assert sorted(p.name for p in place.iterdir()) == ["step-1", "step-4"]
     assert [verify(place / f"step-{n}").step for n in (1, 4)] == [1, 4]
+
+
+def test_the_line_that_a_refusal_names_works(tmp_path: Path) -> None:
+    """The newest was cut short while it was copied; the same job then loads what the error names."""
+
+    def rank_main(_rank: int) -> tuple[int, str]:
+        with shoal.init("zero3", run_dir="none", device="cpu") as job:
+            model = nn.Linear(60, 100)
+            model, optimizer = job.prepare(model, torch.optim.Adam(model.parameters()))
+            if not resumed:
+                for _ in range(3):
+                    model(torch.randn(4, 60)).square().sum().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    job.save(tmp_path)
+                return job.step, ""
+            with pytest.raises(DamagedError) as e:
+                job.load(tmp_path)
+            (line,) = re.findall(r"job\.load\('(.*?)'\)", e.value.remedy)
+            return job.load(line), e.value.what
+
+    resumed = False
+    assert run(2, rank_main) == [(3, "")] * 2
+    (tmp_path / "step-3/manifest.json").unlink()
+    resumed = True
+    assert run(3, rank_main) == [(2, f"{tmp_path}/step-3/manifest.json is missing")] * 3
