@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 import shoal
 
 dataset = TensorDataset(torch.arange(128.0).reshape(32, 4), torch.ones(32, 1))
-with shoal.init() as job:
+with shoal.init(leaves=4 if "--plant" in sys.argv else None) as job:
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.BatchNorm1d(8), nn.Linear(8, 1))
     model, optimizer = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for inputs, targets in job.loader(dataset, global_batch=8):
