@@ -13,20 +13,22 @@ if TYPE_CHECKING:
     from shoal.job import Job, init
     from shoal.random import seed
     from shoal.strategy import Cut, Shard, Strategy
-    from shoal.verify import Report, verify
+    from shoal.verify import Report, Trial, verify
 
 __version__ = "0.1.0"
-__all__ = ["Cut", "Job", "Report", "Shard", "ShoalError", "Strategy", "init", "seed", "verify"]
+__all__ = ["Cut", "Job", "Report", "Shard", "ShoalError", "Strategy", "Trial", "init", "seed", "verify"]
 
 _HOMES = {
     "Cut": "strategy", "Job": "job", "Report": "verify", "Shard": "strategy", "ShoalError": "errors",
-    "Strategy": "strategy", "init": "job", "seed": "random", "verify": "verify",
+    "Strategy": "strategy", "init": "job", "Trial": "verify", "seed": "random", "verify": "verify",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'shoal' has no attribute {name!r}")
-    value = getattr(import_module(f"shoal.{_HOMES[name]}"), name)
-    globals()[name] = value  # `shoal.verify` is the function; the module of that name is found in sys.modules
-    return value
+    module = import_module(f"shoal.{_HOMES[name]}")
+    for known, home in _HOMES.items():  # all of it: `shoal.verify` is the function, and importing made it the module
+        if home == _HOMES[name]:
+            globals()[known] = getattr(module, known)
+    return globals()[name]

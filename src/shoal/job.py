@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shoal import export, resume
 from shoal.average import Average
+from shoal.checkpoint import check_keep, keep_newest
 from shoal.comm.group import Carrier
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
@@ -36,6 +38,7 @@ from shoal.rules import rules
 from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
+from shoal.trace import Trace, Traced
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
@@ -116,6 +119,9 @@ class Job:
         self._loaders: list[Loader[object]] = []
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._closed = False
+        self._resumed: Path | None = None
+        self._trace = Trace.asked(os.environ if place.own_process else {})
+        self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
         self.threads = s.threads
         self._threads_before = torch.get_num_threads()
@@ -381,11 +387,12 @@ class Job:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, keep: int | None = None) -> Path:
         """Write `path/step-N`: all state, whatever the strategy; it loads under any other. Collective.
 
         Args:
             path: a directory that all ranks see.
+            keep: so many of the newest whole checkpoints stay, this one included; older ones are deleted. None: all.
 
         Returns:
             The directory of this checkpoint.
@@ -394,11 +401,15 @@ class Job:
             SaveError: it could not be written (or is there already); older ones are intact.
         """
         bindings = self._all_bound()
+        if keep is not None:
+            check_keep(keep)
         self._between_steps("job.save")
         self._meeting.meet(Want.SAVE, self.step)
         self._carrier.hold("job.save")
         try:
-            target = resume.save(bindings, Path(path), self._facts(), self._share)
+            root = Path(path) if self._trace is None else self._trace.saved(Path(path))
+            target = resume.save(bindings, root, self._facts(), self._share)
+            keep_newest(target, keep, self._resumed, rank=self.rank, share=self._share)
         finally:
             self._carrier.hold("")
         self.event("save", step=self.step, path=str(target))
@@ -430,6 +441,7 @@ class Job:
         self._feed.strategy, before = self._all_bound()[0].strategy, self.leaves
         if found.leaves != before:
             self._say(f"going on with the checkpoint's {found.leaves} leaves a step")
+        self._resumed = found.path
         self._feed.set_seed(found.seed)
         self.threads = found.threads
         torch.set_num_threads(found.threads)
@@ -510,6 +522,12 @@ class Job:
         """Append a line to the run directory's events.jsonl (rank 0)."""
         if self.run_dir is not None:
             self.run_dir.event(kind, **fields)
+
+    def _take_trace(self) -> None:
+        if self._trace is not None:
+            facts = Traced(leaves=self.leaves, device=str(self.device))
+            models = {name: self.state_dict(binding.model) for name, binding in self._bindings.items()}
+            self._trace.take(self.rank, facts, cast(dict[str, dict[str, Tensor]], models))
 
     def _say(self, text: str) -> None:
         if self.rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -118,9 +118,17 @@ def _meta(bindings: Bindings, facts: Facts, values: Mapping[str, object]) -> Met
         extra={
             "threads": facts.threads, "values": values, "optimizers": _optimizers(bindings),
             "steps": {b.prefix: b.engine.steps for b in bindings}, "orders": _orders(bindings),
+            "transient": [b.prefix + n for b in bindings for n in _transient(b.model)],
             "scales": {b.prefix: b.engine.scale.state() for b in bindings if b.engine.scale is not None},
         },
     )  # fmt: skip
+
+
+def _transient(model: nn.Module) -> list[str]:
+    """Buffers that are not part of the model's state dict."""
+    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
+    skipped = ((m, sorted(module._non_persistent_buffers_set)) for m, module in modules)  # pyright: ignore[reportPrivateUsage]
+    return [f"{module}.{name}" if module else name for module, names in skipped for name in names]
 
 
 def _groups(bindings: Bindings) -> list[tuple[list[str], dict[str, object]]]:

@@ -54,7 +54,7 @@ class Level(IntEnum):
     [
         (torch.zeros(2), "x is a torch.Tensor"),
         ({"a": [1, {"lr": torch.tensor(1.0)}]}, "x.a[1].lr is a torch.Tensor"),
-        (object(), "x is a builtins.object"),
+        pytest.param(object(), "x is a builtins.object", id="an object"),
         ((1, b"raw"), "x[1] is a builtins.bytes"),
         ({1, 2}, "x is a builtins.set"),
         (Level.HIGH, "Level, which"),

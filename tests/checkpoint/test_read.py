@@ -546,3 +546,71 @@ def test_ranks_that_see_different_checkpoints(saved: Path) -> None:
     for error in errors:
         assert type(error) is CheckpointError
         assert "is one checkpoint on rank 0 and another on rank 1" in error.what
+
+
+# The newest whole one is offered
+
+
+def half_written(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def flipped(path: Path) -> None:
+    flip(path / "rank-00000.safetensors", -1)
+
+
+def newer(path: Path) -> None:
+    forge(path, lambda record: record.update(format=2))
+
+
+def foreign(path: Path) -> None:
+    (path / "manifest.json").write_text('{"format": "tf"}')
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path / "rank-00000.safetensors", 50)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sort", "told", "other"),
+    [
+        (half_written, DamagedError, "step-9/manifest.json is missing", "an older step, or this file from a copy"),
+        (
+            flipped,
+            DamagedError,
+            "step-9/rank-00000.safetensors is flipped: ",
+            "an older step, or this file from a copy",
+        ),
+        (
+            truncated,
+            DamagedError,
+            "step-9/rank-00000.safetensors is truncated: 50 of ",
+            "an older step, or this file from a copy",
+        ),
+        (newer, ResumeError, "step-9 has format 2 and this shoal reads format 1", "that version of shoal"),
+        (foreign, ResumeError, "step-9 is not a checkpoint of shoal", "the directory step-N that job.save() returned"),
+    ],
+)
+def test_the_newest_whole_one_is_offered(
+    tmp_path: Path, damage: Callable[[Path], None], sort: type[CheckpointError], told: str, other: str
+) -> None:
+    for step in (3, 4, 5, 9):
+        save(tmp_path, step, [Piece.whole("param", "w", torch.ones(2))], META, rank=0, share=alone)
+    flipped(tmp_path / "step-5")
+    damage(tmp_path / "step-9")
+    for path in (tmp_path, tmp_path / "step-9"):
+        errors = on_ranks(2, lambda r, share, p=path: Reader.together(p, rank=r, share=share))
+        assert {type(e) for e in errors} == {sort}
+        assert len({str(e) for e in errors}) == 1
+        assert told in errors[0].what
+        assert errors[0].remedy == f"job.load('{tmp_path}/step-4'), the newest whole one; or {other}"
+    assert Reader.together(tmp_path / "step-4", rank=0, share=alone).manifest.step == 4
+
+
+def test_nothing_is_offered_where_nothing_is_whole(tmp_path: Path) -> None:
+    for step in (3, 4):
+        save(tmp_path, step, [Piece.whole("param", "w", torch.ones(2))], META, rank=0, share=alone)
+        flipped(tmp_path / f"step-{step}")
+    with pytest.raises(DamagedError) as e:
+        Reader.together(tmp_path, rank=0, share=alone)
+    assert e.value.remedy == "an older step, or this file from a copy"

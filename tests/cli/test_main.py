@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from shoal.cli import app
 
 MAIN = [sys.executable, "-c", "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"]
-VERBS = [["run"], ["checkpoint", "inspect"], ["checkpoint", "verify"]]
+VERBS = [["run"], ["verify"], ["checkpoint", "inspect"], ["checkpoint", "verify"], ["checkpoint", "export"]]
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["checkpoint"], ["checkpoint", "inspect"], ["checkpoint", "verify"]])
+@pytest.mark.parametrize("words", [[], ["checkpoint"], *VERBS])
 def test_help_does_not_import_torch(words: list[str]) -> None:
     program = f"""
 import sys

@@ -26,6 +26,14 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+class Bare(nn.Module):
+    """On the meta device, and nobody knows what values it should have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(2, device="meta"))
+
+
 class Bench:
     """A job that trains `net` in a world of one or more, and the mistakes one can make with it."""
 
@@ -139,7 +147,7 @@ CONFIGURATION: dict[str, Mistake] = {
     ),
     "no ranks": (lambda: Strategy(ranks_per_copy=0), errors.StrategyError, "ranks_per_copy=0|at least 1"),
     "no leaves": (lambda: Strategy(leaves=0), errors.StrategyError, "leaves=0: a step has at least one leaf"),
-    "precision": (lambda: Strategy(precision="float16"), errors.StrategyError, "precision='float16'|bfloat16"),
+    "precision": (lambda: Strategy(precision="fp16"), errors.StrategyError, "precision='fp16'|bfloat16"),
     "grid": (
         lambda: Bench("zero3", ranks_per_copy=3),
         errors.StrategyError,
@@ -169,9 +177,9 @@ CONFIGURATION: dict[str, Mistake] = {
         "'0' makes sparse gradients|sparse=False",
     ),
     "meta": (
-        lambda: with_model(nn.Linear(2, 2, device="meta")),
+        lambda: with_model(Bare()),
         errors.ModelError,
-        "on the meta device|give them values before prepare",
+        "is on the meta device and has no reset_parameters()|prepare(..., fill=function)",
     ),
     "several devices": (
         lambda: one_device({"a": "cuda:0", "b": "cuda:0", "c": "cuda:1"}, 1),
@@ -198,7 +206,7 @@ CONFIGURATION: dict[str, Mistake] = {
 }
 
 PROGRAM: dict[str, Mistake] = {
-    "prepare twice": (lambda: prepared().prepare(), errors.OrderError, "prepare was called twice|one job trains one"),
+    "prepare twice": (lambda: prepared().prepare(), errors.OrderError, "prepare was called twice|name="),
     "clip before prepare": (lambda: Bench().job.clip_grad_norm(1.0), errors.OrderError, "no model yet|job.prepare("),
     "save before prepare": (lambda: Bench().job.save("x"), errors.OrderError, "no model yet|job.prepare("),
     "load before prepare": (lambda: Bench().job.load("x"), errors.OrderError, "no model yet|job.prepare("),

@@ -4,7 +4,9 @@ A checkpoint is written beside its place, flushed and renamed, so a `step-N` tha
 every tensor which elements of which parameter it holds; any world size and any strategy reads its own pieces from that.
 """
 
+from shoal.checkpoint.export import Exported, export
 from shoal.checkpoint.facts import Meta
+from shoal.checkpoint.keep import check_keep, keep_newest
 from shoal.checkpoint.manifest import FORMAT, Entry, File, Manifest, Param
 from shoal.checkpoint.read import Reader, inspect, latest, verify
 from shoal.checkpoint.together import Share
@@ -13,6 +15,7 @@ from shoal.checkpoint.write import Piece, save
 __all__ = [
     "FORMAT",
     "Entry",
+    "Exported",
     "File",
     "Manifest",
     "Meta",
@@ -20,7 +23,10 @@ __all__ = [
     "Piece",
     "Reader",
     "Share",
+    "check_keep",
+    "export",
     "inspect",
+    "keep_newest",
     "latest",
     "save",
     "verify",

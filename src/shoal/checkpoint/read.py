@@ -25,7 +25,7 @@ _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 def latest(root: Path) -> Path:
     """`root` itself if it is a checkpoint or called `step-<N>`, or the one in it with the highest N.
 
-    Only finished ones count. A damaged one is not passed over: the run would silently fall back behind it.
+    A damaged one, and a copy that lacks its manifest, is not passed over: the run would silently fall back behind it.
 
     Raises:
         CheckpointError: there is none, or the directory cannot be read.
@@ -34,10 +34,10 @@ def latest(root: Path) -> Path:
     try:
         if _STEP.fullmatch(root.name) or (root / MANIFEST).exists():
             return root
-        seen = sorted(p.name for p in root.iterdir())
-        for number in sorted((int(m[1]) for m in map(_STEP.fullmatch, seen) if m), reverse=True):
-            if (root / f"step-{number}" / MANIFEST).exists():
+        for number in steps_in(root):
+            if _begun(root / f"step-{number}"):
                 return root / f"step-{number}"
+        seen = sorted(p.name for p in root.iterdir())
     except OSError as e:
         raise CheckpointError(f"there is no checkpoint at {root}: {e.strerror}") from e
     raise CheckpointError(
@@ -45,6 +45,29 @@ def latest(root: Path) -> Path:
         cause=f"it holds {some(seen) or 'nothing'}",
         remedy="the directory that was given to job.save()",
     )
+
+
+def steps_in(root: Path) -> list[int]:
+    """The numbers of all `step-<N>` in a directory, whatever they are, the highest first. Raises OSError."""
+    return sorted((int(m[1]) for m in (_STEP.fullmatch(p.name) for p in root.iterdir()) if m), reverse=True)
+
+
+def _begun(path: Path) -> bool:
+    """Does it hold anything of a checkpoint?"""
+    return path.is_dir() and ((path / MANIFEST).exists() or any(path.glob("rank-*.safetensors")))
+
+
+def newest_whole(root: Path) -> Path | None:
+    """The checkpoint with the highest N in `root` of which every byte is as it was written. Reads all of it."""
+    try:
+        for number in steps_in(root):
+            try:
+                return verify(root / f"step-{number}").path
+            except CheckpointError:
+                continue
+    except OSError:
+        pass
+    return None
 
 
 def inspect(path: Path) -> Manifest:
@@ -158,8 +181,21 @@ class Reader:
             share: the all-gather over all ranks.
 
         Raises:
-            CheckpointError, DamagedError, ResumeError: as `verify`, on every rank; or ranks see different checkpoints.
+            CheckpointError, DamagedError, ResumeError: as `verify`, on every rank, with the newest whole checkpoint
+                beside it; or ranks see different checkpoints.
         """
+        try:
+            return cls._together(path, rank=rank, share=share)
+        except CheckpointError as e:
+            root = path.parent if _STEP.fullmatch(path.name) else path
+            told = share(str(newest_whole(root) or "").encode() if rank == 0 else b"")[0].decode()
+            if not told:
+                raise
+            remedy = f"job.load({told!r}), the newest whole one" + (f"; or {e.remedy}" if e.remedy else "")
+            raise type(e)(e.what, cause=e.cause, remedy=remedy) from e.__cause__
+
+    @classmethod
+    def _together(cls, path: Path, *, rank: int, share: Share) -> Reader:
         made: list[Reader] = []
 
         def find() -> str:

@@ -37,6 +37,7 @@ class _Slice(Protocol):
 class _Opened(Protocol):
     """What of safetensors' untyped `safe_open` is used here."""
 
+    def keys(self) -> list[str]: ...
     def get_slice(self, name: str) -> _Slice: ...
     def get_tensor(self, name: str) -> Tensor: ...
 
@@ -51,6 +52,10 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: _Opened = self._read(lambda: safe_open(path, framework="pt"))
+
+    def keys(self) -> list[str]:
+        """The names of its tensors."""
+        return list(self._file.keys())
 
     def whole(self, key: str) -> Tensor:
         return self._read(lambda: self._file.get_tensor(key))
@@ -100,9 +105,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str
         end = at + tensor.numel() * tensor.itemsize
         fields[key] = {"dtype": CODES[dtype_name(tensor)], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = header_of(fields)
     digests: dict[str, str] = {}
     with open(path, "xb") as file:
         file.write(header)
@@ -113,6 +116,13 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(header).hexdigest(), digests
+
+
+def header_of(fields: Mapping[str, object]) -> bytes:
+    """The beginning of a safetensors file: what each tensor is, and where it lies."""
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

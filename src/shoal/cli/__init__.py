@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from shoal.cli import checkpoint, run
+from shoal.cli import checkpoint, run, verify
 
 app = typer.Typer(
     name="shoal",
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
+app.command("verify", context_settings={"allow_interspersed_args": False})(verify.verify)
 app.add_typer(checkpoint.app, name="checkpoint")
 
 

@@ -1,8 +1,9 @@
-"""`shoal checkpoint inspect` and `shoal checkpoint verify`."""
+"""`shoal checkpoint inspect`, `verify` and `export`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +56,33 @@ def verify(path: Where, as_json: AsJson = False) -> None:
     else:
         held = f"{len(manifest.params)} parameters in {len(manifest.files)} files, {_bytes(manifest):,} bytes"
         typer.echo(f"{manifest.path}: whole: step {manifest.step}, {held}")
+
+
+@app.command()
+def export(
+    path: Where,
+    out: Annotated[Path, typer.Argument(help="A directory; made if missing. It must hold no model.")],
+    model: Annotated[str, typer.Option(help="Which one, if the job trained several.")] = "",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as stored.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file: 5GB, 500MB, 2GiB.")] = "5GB",
+    as_json: AsJson = False,
+) -> None:
+    """Write the model for other programs: safetensors in its own names, as Hugging Face lays it out.
+
+    One file model.safetensors, or shards and model.safetensors.index.json. Tied parameters are stored once.
+
+    \b
+    Example:
+      shoal checkpoint export run/checkpoint exported --dtype bfloat16
+    """
+    from shoal.checkpoint import export  # imports torch
+
+    with errors_told(as_json=as_json):
+        done = export(path, out, model=model, dtype=dtype, max_shard_size=max_shard_size)
+    if as_json:
+        tell_json(asdict(done))
+    else:
+        typer.echo(f"{out}: {done.tensors} tensors in {len(done.files)} files, {done.bytes:,} bytes")
 
 
 def _found(path: Path) -> Path:

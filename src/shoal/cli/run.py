@@ -45,7 +45,7 @@ def run(
         flags = _flags({name: value for name, value in named.items() if value is not None}, setting or ())
         outcome = launch([script, *(args or ())], workers=workers, flags=flags, keep_stdout=as_json)
     if as_json:
-        tell_json(_plain(outcome))
+        tell_json(plain(outcome))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -66,7 +66,8 @@ def _flags(named: dict[str, object], settings: Sequence[str]) -> dict[str, objec
     return flags
 
 
-def _plain(outcome: Outcome) -> dict[str, object]:
+def plain(outcome: Outcome) -> dict[str, object]:
+    """An outcome for JSON."""
     ranks = [
         {
             "rank": end.rank,

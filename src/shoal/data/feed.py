@@ -48,6 +48,7 @@ class LeafFeed:
         self.handed: Handed | None = None
         self.more = 0  # batches of the leaf under way after its first
         self.loop: Loop | None = None
+        self.after_step: Callable[[], None] = lambda: None  # called between steps, on all ranks
 
     def bind(self, engine: Engine, instead_of: Engine | None = None) -> None:
         """A model is prepared."""
@@ -120,6 +121,7 @@ class LeafFeed:
         if self.acted:
             self.acted = False
             self.between_steps()
+            self.after_step()
 
     def begin(self) -> Loop:
         """A loop over batches begins, perhaps inside another."""
