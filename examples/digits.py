@@ -2,7 +2,7 @@
 
     python examples/digits.py --strategy zero3 --workers 2
 
-BatchNorm's running statistics are averaged over the leaves of a step, so they too are the same for any number of workers.
+BatchNorm's running statistics are averaged over the leaves of a step: they too are the same for any number of workers.
 """
 
 from __future__ import annotations
