@@ -2,8 +2,8 @@
 
     python examples/recommend.py --strategy zero3 --workers 2
 
-Users and items are made up: an item's popularity follows a power law, and each user has a taste. Embeddings hold nearly all
-parameters; under ZeRO-3 each worker keeps its share of them.
+Users and items are made up: an item's popularity follows a power law, and each user has a taste. Embeddings hold nearly
+all parameters; under ZeRO-3 each worker keeps its share of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tell eight kinds of made-up sounds apart, in loud noise, with a small Conformer (Gulati et al. 2020).
+"""Tell eight kinds of made-up sounds apart, in noise, with a small Conformer (Gulati et al. 2020).
 
-    python examples/sounds.py --strategy zero3 --workers 2
+python examples/sounds.py --strategy zero3 --workers 2
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.utils.data import TensorDataset
 import shoal
 
 RATE, LENGTH = 8000, 4096  # samples a second, samples of a sound
-WINDOW, HOP, BANDS = 256, 128, 40
+WINDOW, HOP, BANDS = 512, 128, 64
 KINDS = ("tone", "rising", "falling", "major chord", "minor chord", "trill", "two tones", "bursts")
-SOUNDS, HELD_OUT = 2400, 800
+SOUNDS, HELD_OUT = 6400, 800
 BATCH = 64
-OPTIONS = common.options(__doc__, epochs=(12, 1))
+OPTIONS = common.options(__doc__, epochs=(5, 1))
 
 
 class Block(nn.Module):
@@ -76,7 +76,7 @@ def invent(count: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.arange(count) % len(KINDS)
     pitch = 200 * 4 ** torch.rand(count, 1, generator=generator)  # Hz
-    loud = 10 ** (-0.5 * torch.rand(count, 1, generator=generator))  # beside noise of 1
+    loud = 2 * 10 ** (-0.7 * torch.rand(count, 1, generator=generator))  # beside noise of 1
     time = torch.arange(LENGTH) / RATE
     sounds = torch.stack([sound(KINDS[int(k)], f, time) for k, f in zip(kinds, pitch, strict=True)])
     return spectra(loud * sounds + torch.randn(count, LENGTH, generator=generator)), kinds
@@ -108,7 +108,7 @@ def tone(pitch: Tensor) -> Tensor:
 
 def spectra(waves: Tensor) -> Tensor:
     """Logarithms of power in bands of equal width on a logarithmic scale, from 100 Hz up."""
-    power = torch.stft(waves, 2 * WINDOW, HOP, 2 * WINDOW, torch.hann_window(2 * WINDOW), return_complex=True).abs() ** 2
+    power = torch.stft(waves, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True).abs() ** 2
     edges = torch.logspace(math.log10(100), math.log10(RATE / 2), BANDS + 2)
     at = torch.linspace(0, RATE / 2, power.shape[1])[:, None]
     below = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
