@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.examples.short import by_all, load, program
+from tests.examples.short import alone, load, program, together
 from tests.pool import Pool
 
 
 def test_two_workers_end_in_the_bits_of_one_process(pool: Pool) -> None:
-    alone, found = by_all(pool, "breast_cancer", {"BATCH": 64}, "--quick")
-    assert found == [alone] * 2
-    assert 0.5 < alone.numbers["AUROC on held-out cases"] <= 1
+    one, two = (
+        alone(pool, "breast_cancer", {"BATCH": 64}, "--quick"),
+        together(pool, "breast_cancer", {"BATCH": 64}, "--quick"),
+    )
+    assert two == one
+    assert 0.5 < one.numbers["AUROC on held-out cases"] <= 1
 
 
 def test_no_net_learns_from_what_judges_it() -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.examples.short import by_all, load, program
+from tests.examples.short import alone, load, program, together
 from tests.pool import Pool
 
 
 def test_two_workers_end_in_the_bits_of_one_process(pool: Pool) -> None:
-    alone, found = by_all(pool, "digits", {"BATCH": 256}, "--quick")
-    assert len(alone.sha256) == 64
-    assert found == [alone] * 2
+    one, two = alone(pool, "digits", {"BATCH": 256}, "--quick"), together(pool, "digits", {"BATCH": 256}, "--quick")
+    assert len(one.sha256) == 64
+    assert two == one
 
 
 def test_training_is_seen_in_the_fingerprint(pool: Pool) -> None:
-    sums = {by_all(pool, "digits", {"BATCH": 512}, "--quick", "--seed", seed)[0].sha256 for seed in ("0", "1")}
+    sums = {alone(pool, "digits", {"BATCH": 512}, "--quick", "--seed", seed).sha256 for seed in ("0", "1")}
     assert len(sums) == 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.examples.short import by_all, load, program
+from tests.examples.short import alone, load, program, together
 from tests.pool import Pool
 
 SMALL = {"CORPUS": 100_000, "BATCH": 8, "HELD_OUT": 16}
@@ -13,8 +13,11 @@ SMALL = {"CORPUS": 100_000, "BATCH": 8, "HELD_OUT": 16}
 
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_two_workers_end_in_the_bits_of_one_process(model: str, pool: Pool) -> None:
-    alone, found = by_all(pool, "language", SMALL, "--model", model, "--steps", "3")
-    assert found == [alone] * 2
+    one, two = (
+        alone(pool, "language", SMALL, "--model", model, "--steps", "3"),
+        together(pool, "language", SMALL, "--model", model, "--steps", "3"),
+    )
+    assert two == one
 
 
 def test_only_masked_bytes_are_asked_for() -> None:

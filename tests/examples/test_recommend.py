@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.examples.short import by_all, load, program
+from tests.examples.short import alone, load, program, together
 from tests.pool import Pool
 
 SMALL = {"USERS": 300, "ITEMS": 400, "BATCH": 256}
 
 
 def test_two_workers_end_in_the_bits_of_one_process(pool: Pool) -> None:
-    alone, found = by_all(pool, "recommend", SMALL, "--quick")
-    assert found == [alone] * 2
-    assert len(alone.numbers) == 2
+    one, two = alone(pool, "recommend", SMALL, "--quick"), together(pool, "recommend", SMALL, "--quick")
+    assert two == one
+    assert len(one.numbers) == 2
 
 
 def test_choices_are_made_once_and_some_items_are_popular(monkeypatch: pytest.MonkeyPatch) -> None:

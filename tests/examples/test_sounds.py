@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.examples.short import by_all, load, program
+from tests.examples.short import alone, load, program, together
 from tests.pool import Pool
 
 
 def test_two_workers_end_in_the_bits_of_one_process(pool: Pool) -> None:
-    alone, found = by_all(pool, "sounds", {"SOUNDS": 128, "HELD_OUT": 32}, "--quick")
-    assert found == [alone] * 2
+    one, two = (
+        alone(pool, "sounds", {"SOUNDS": 128, "HELD_OUT": 32}, "--quick"),
+        together(pool, "sounds", {"SOUNDS": 128, "HELD_OUT": 32}, "--quick"),
+    )
+    assert two == one
 
 
 def test_the_pitch_is_heard_where_it_is() -> None:
