@@ -52,6 +52,7 @@ def test_a_temperature_takes_back_what_was_too_sure() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_scaled_probabilities_are_better_calibrated() -> None:
     said = program("breast_cancer")
     assert float(said["AUROC on held-out cases"]) > 0.98

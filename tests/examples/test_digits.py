@@ -29,5 +29,6 @@ def test_the_data() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_accuracy() -> None:
     assert float(program("digits")["accuracy on held-out images"]) > 0.97

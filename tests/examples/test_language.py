@@ -43,6 +43,7 @@ def test_the_loss_by_frequency() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("model", "most"), [("bert", 2.9), ("gpt2", 2.3)])
 def test_loss_on_held_out_files(model: str, most: float) -> None:
     said = program("language", "--model", model)

@@ -39,6 +39,7 @@ def test_recall_leaves_out_what_is_known(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_better_than_the_most_popular() -> None:
     said = program("recommend")
     assert float(said["recall@20 of held-out choices"]) > 1.4 * float(said["recall@20 of the most popular"])

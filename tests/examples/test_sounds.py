@@ -41,5 +41,6 @@ def test_held_out_sounds_are_others() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_accuracy() -> None:
     assert float(program("sounds")["accuracy on held-out sounds"]) > 0.85
