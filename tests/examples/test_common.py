@@ -11,8 +11,8 @@ from tests.pool import Pool
 
 
 def test_as_a_program(pool: Pool) -> None:
-    said = program("digits", "--quick", "--strategy", "zero3", "--workers", "2")
-    one = alone(pool, "digits", {}, "--quick")
+    said = program("breast_cancer", "--epochs", "1", "--strategy", "zero3", "--workers", "2")
+    one = alone(pool, "breast_cancer", {}, "--epochs", "1")
     assert said.pop("sha256 of parameters and buffers") == one.sha256
     assert said == {name: f"{value:.4f}" for name, value in one.numbers.items()}
 
