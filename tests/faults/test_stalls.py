@@ -40,8 +40,8 @@ def test_a_rank_is_stopped(pool: Pool, tmp_path: Path) -> None:
     cases = [("zero3", "between", "stop", 1), ("zero2", "after reduce", "stop", 0), ("ddp", "save", "stop", 1)]
     first, second, saving = all_at_once(pool, tmp_path, cases, grace=0.2)
     error = stalled(*first, 0)
-    waits = "    rank 0 waits in 'meet world #20' (begins leaf turn 2)\n"
-    stands = "    rank 1 runs since 'norm shard #18' (has done step 1)"
+    waits = "    rank 0 waits in 'meet world #19' (begins leaf turn 2)\n"
+    stands = "    rank 1 runs since 'norm copy #2' (has done step 1)"
     assert str(error) == f"shoal[E31] {TABLE}{waits}{stands}{HELP}"
     assert error.reports == [f"rank 0 has waited 1 s\n{waits}{stands}"]
 
@@ -111,7 +111,7 @@ def progress_elsewhere() -> str:
     with timed(), shoal.init("ddp", run_dir="none", timeout=1.2, leaves=9) as job:
         model = net()
         model, optimizer = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        for _ in range(len(job._bound.engine.turns.of(job.rank))):
+        for _ in range(len(job._find(None).engine.turns.of(job.rank))):
             model(torch.randn(4, 65)).sum().backward()
             if job.rank == 0:
                 time.sleep(0.7)

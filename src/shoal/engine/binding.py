@@ -195,7 +195,7 @@ class Binding:
         carrier = engine.mesh.world.carrier
         for unit in engine.units:
             unit.lend()
-        engine.leased = True
+        engine.presence.leased = True
         carrier.hold("job.whole")
         try:
             yield
@@ -203,7 +203,7 @@ class Binding:
                 for unit in engine.units:
                     unit.keep_written()
         finally:
-            engine.leased = False
+            engine.presence.leased = False
             carrier.hold("")
             for unit in engine.units:
                 unit.take_back()

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.engine.autograd import at_end_of_backward, graph_task
-from shoal.engine.away import AwayGrad
 from shoal.engine.buffers import Buffers
 from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf, LeafInfo
+from shoal.engine.presence import Presence, shares
 from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.schedule import Act, Cursor, Plan, Record, fullest, make_plan
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around
-from shoal.errors import AwayError, OrderError, PlanError
+from shoal.errors import OrderError, PlanError
 from shoal.leaves import Assignment
 from shoal.random import mix
 from shoal.rules import Moment, Op, Rules, every_leaf
@@ -51,18 +51,18 @@ class Engine:
         assignment: Assignment, leaves: int, *, twig: int = 1, overlap: bool = True, number: int = 0,
         scale: LossScale | None = None,
     ) -> None:  # fmt: skip
-        self.number, self.scale, self.by_index = number, scale, {u.index: u for u in units}
+        self.number, self.scale = number, scale
         self.all_turns = False
         self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
         self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
         self.gradients = Gradients(units, mesh, meeting, rules, number, scale)
+        self.presence = Presence(self.units, meeting, number, self.gradients)
         self.set_leaves(assignment, leaves, twig)
         self.plan: Plan | None = None
         self.expected = Counter[int]()
-        self.leaf: Leaf | None = None
         self.coming: LeafInfo | None = None
         self.steps, self.turn, self.turns_done = 0, 0, 0
-        self.settled, self.leased = False, False
+        self.settled = False
         self.resting = False  # this model has stepped, and others of the job have not
         self.overflow: tuple[Overflow, int] | None = None  # of this step, and the rank
         self.seed = 0
@@ -70,8 +70,6 @@ class Engine:
         self.before_open: Callable[[], None] = lambda: None
         self.buffers = Buffers(model, mesh.data)
         self.on_open: Callable[[Engine, Leaf], None] = lambda _engine, _leaf: None
-        self._wanted: int | None = None
-        meeting.granters.append(self.grant)
 
     # ---------------------------------------------------------------- steps and leaves
 
@@ -95,6 +93,20 @@ class Engine:
     @property
     def rank(self) -> int:
         return self.mesh.world.rank
+
+    @property
+    def leaf(self) -> Leaf | None:
+        """The leaf under way."""
+        return self.presence.leaf
+
+    @leaf.setter
+    def leaf(self, leaf: Leaf | None) -> None:
+        self.presence.leaf = leaf
+
+    @property
+    def leased(self) -> bool:
+        """Does the user have all parameters for a while?"""
+        return self.presence.leased
 
     @property
     def recording(self) -> bool:
@@ -167,15 +179,10 @@ class Engine:
         acted = self.turn == 0
         if leaf is not None:
             self.gradients.drop_held(leaf)
-            self._free_all()
+            self.presence.free_all()
             self.buffers.end(self.mesh.cell if acted else None, 1.0)
         if acted and any(self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed]))):
             self.buffers.settle(Turns.one_each(self.mesh.cells))
-
-    def _free_all(self) -> None:
-        for unit in self.units:
-            if not unit.resident and (unit.here or unit.coming):
-                unit.free()
 
     def _check_parameters(self) -> None:
         """What the user may have done to them between two leaves, and nobody was told."""
@@ -221,12 +228,12 @@ class Engine:
             self.gradients.check_kept(unit, leaf)
             self.gradients.take(unit, leaf)
         if leaf.cursor is not None:
-            while self._advance():
+            while self.presence.advance():
                 pass
         elif self.turns.reduces(self.turn):
             for unit in trainable:
                 self.gradients.start(unit, leaf)
-        self._free_all()
+        self.presence.free_all()
         if self.plan is None and self.overlap:
             self._make_plan(leaf)
         if leaf.number is not None:
@@ -314,9 +321,9 @@ class Engine:
             case Op.GATHER if self.leaf is None and unit.resident:
                 unit.gather()
             case Op.GATHER:
-                self.need(unit)
+                self.presence.need(unit)
             case Op.FREE:
-                self._free(unit)
+                self.presence.free(unit)
             case Op.REDUCE | Op.AGREE:
                 raise AssertionError(f"{op} travels: see Gradients.start")
 
@@ -329,16 +336,12 @@ class Engine:
         for unit in units:
             if recomputing or unit.resident or self.leased:
                 continue
-            if any(_shares(t, unit.whole) for t in outputs) or (
+            if any(shares(t, unit.whole) for t in outputs) or (
                 torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
             ):
-                self._keep(unit)
+                self.presence.keep(unit)
             else:
                 self.at(Moment.AFTER_FORWARD, unit)
-
-    def _keep(self, unit: Unit) -> None:
-        if self.leaf is not None:
-            self.leaf.keep.add(unit.index)
 
     def before_backward(self, units: Iterable[Unit]) -> None:
         """The gradient of a block's output is there."""
@@ -349,7 +352,7 @@ class Engine:
             entered.add(unit.index)
             self.at(Moment.BEFORE_BACKWARD, unit)
             if torch.is_grad_enabled():  # create_graph=True: there will be a backward through this backward
-                self._keep(unit)
+                self.presence.keep(unit)
 
     def backward_begins(self) -> None:
         """The gradient of one of the model's outputs is there."""
@@ -369,7 +372,7 @@ class Engine:
         if self.leaf is not None:
             for unit in units:
                 self._complete(unit)
-            self._pump()
+            self.presence.pump()
 
     def _complete(self, unit: Unit) -> None:
         """The backward of a unit's block is over for now; the first leaf has shown whether for good."""
@@ -392,7 +395,7 @@ class Engine:
         leaf = self.leaf
         if leaf is None:
             raise self._no_leaf()
-        self.check_here(unit)
+        self.presence.check_here(unit)
         leaf.fresh.add(unit.index)
         leaf.touched.add(name)
         if unit.index in leaf.done:
@@ -401,20 +404,6 @@ class Engine:
                 cause="more backward calls, or other uses of a block, than in the first leaf",
                 remedy="shoal.init(..., overlap=False) reduces at optimizer.step(), after any number",
             )
-
-    def check_here(self, unit: Unit) -> None:
-        """Raises `AwayError` when a backward uses parameters of a unit that it has not entered."""
-        if not unit.here:
-            raise AwayError(
-                f"backward went through {unit} while its parameters were away",
-                cause="its parameters are used without calling it, or something besides its outputs leads into it, "
-                "such as a loss kept as an attribute",
-                remedy="return it from the block, or name larger blocks with units=",
-            )
-
-    def owner(self, tensor: Tensor) -> Unit | None:
-        """The unit whose parameters this tensor is a view of, if they are freed now and then."""
-        return next((u for u in self.units if not u.resident and u.here and _shares(tensor, u.whole)), None)
 
     def _no_leaf(self) -> OrderError:
         return OrderError(
@@ -434,104 +423,4 @@ class Engine:
                 self._complete(unit)
         if not leaf.backwards:
             self.gradients.hide()
-        self._pump()
-
-    # ---------------------------------------------------------------- parameters
-
-    def need(self, unit: Unit) -> None:
-        """Return when the unit's parameters are whole here."""
-        if self.leaf is not None:
-            self.leaf.resting.discard(unit.index)
-        if self.leased or (unit.here and unit.coming is None):
-            return
-        cursor = self.leaf.cursor if self.leaf is not None else None
-        if unit.coming is None and cursor is not None:
-            if not cursor.will_gather(unit.index):
-                raise PlanError(
-                    f"{unit} is entered more often, or earlier, than in the first leaf",
-                    cause="a block that only some leaves use, or use in another order",
-                    remedy="name a larger block with units=, or shoal.init(..., overlap=False)",
-                )
-            while unit.coming is None and not unit.here:
-                passed = [u for u in self.units if u.coming]
-                self._advance()
-                for other in passed:  # this leaf does not use them here
-                    other.wait()
-                    self._free(other)
-        while unit.coming is None and not unit.here:
-            self._wanted = unit.index
-            self._meet(Want.GATHER, unit.index)
-            self._wanted = None
-        unit.wait()
-        if self.leaf is not None:
-            self.leaf.record.add(Act.GATHER, unit.index)
-        self._prefetch()
-
-    def grant(self, index: int) -> None:
-        """Take part in gathering a unit that some rank needs, if it is one of this model."""
-        unit = self.by_index.get(index)
-        if unit is None:
-            return
-        before = unit.here
-        unit.gather()
-        unit.wait()
-        if not before and self._wanted != index:
-            unit.free()
-
-    def _free(self, unit: Unit) -> None:
-        leaf = self.leaf
-        if self.leased or not unit.here or unit.coming is not None:  # what is coming is for a later use
-            return
-        if leaf is None:
-            unit.free()
-        elif unit.index in leaf.keep or unit.index in leaf.resting:
-            return
-        elif leaf.again[unit.index]:
-            leaf.again[unit.index] -= 1
-            leaf.resting.add(unit.index)
-        else:
-            unit.free()
-            leaf.record.add(Act.FREE, unit.index)
-
-    # ---------------------------------------------------------------- the plan
-
-    def _advance(self) -> bool:
-        """Start the next collective of the plan, ready or not. False at its end."""
-        leaf = self.leaf
-        assert leaf is not None
-        assert leaf.cursor is not None
-        entry = leaf.cursor.next
-        if entry is None:
-            return False
-        leaf.cursor.at += 1
-        unit = self.by_index[entry.unit]
-        if entry.act is Act.GATHER:
-            leaf.again[entry.unit] = entry.keep
-            unit.gather()
-        else:
-            self.gradients.take(unit, leaf)
-            self.gradients.start(unit, leaf)
-        return True
-
-    def _pump(self) -> None:
-        """Start all that needs no waiting: reductions of units whose gradients are complete, then one gather ahead."""
-        leaf = self.leaf
-        if leaf is None or leaf.cursor is None:
-            return
-        while (entry := leaf.cursor.next) and entry.act is Act.REDUCE and entry.unit in leaf.done:
-            self._advance()
-        self._prefetch()
-
-    def _prefetch(self) -> None:
-        leaf = self.leaf
-        if leaf is None or leaf.cursor is None or any(u.coming for u in self.units):
-            return
-        entry = leaf.cursor.next
-        if entry and entry.act is Act.GATHER:
-            self._advance()
-
-
-def _shares(tensor: Tensor, whole: Tensor) -> bool:
-    if tensor.is_meta or type(tensor) is AwayGrad:
-        return False
-    return tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() != 0
+        self.presence.pump()

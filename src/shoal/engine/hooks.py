@@ -87,13 +87,13 @@ def _watched(engine: Engine) -> list[Handle]:
     watches: list[saved_tensors_hooks] = []
 
     def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Unit]:
-        unit = engine.owner(tensor)
+        unit = engine.presence.owner(tensor)
         return tensor if unit is None else (tensor, unit)
 
     def unpack(saved: Tensor | tuple[Tensor, Unit]) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        engine.check_here(saved[1])
+        engine.presence.check_here(saved[1])
         return saved[0]
 
     def before(_module: nn.Module, _args: Args) -> None:
