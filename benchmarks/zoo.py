@@ -27,6 +27,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched: models start from rand
 
 import torch
 import transformers
+import transformers.models.bert.modeling_bert  # what most architectures import, once for all processes
+import transformers.models.llama.modeling_llama
 from torch import Tensor, nn
 from zoo_configs import Architecture, architectures, kind_of, make, tiny
 from zoo_inputs import Feed, accepted, loss_of, parameters
@@ -36,9 +38,11 @@ from shoal.comm.threads import run
 
 STEPS, LEAVES, RANKS = 3, 2, 2
 STRATEGIES = ("ddp", "zero3")
-PATIENCE = 120.0
+PATIENCE = 60.0
 """Seconds that one architecture may take."""
 SEED = 0
+SMALLEST = 256
+"""Parameters of a block that becomes a unit."""
 
 State = dict[str, Tensor]
 
@@ -49,6 +53,7 @@ class Found:
 
     name: str
     kind: str = "?"
+    units: int = 0
     parameters: int = 0
     trained: int = 0
     seconds: float = 0.0
@@ -78,21 +83,24 @@ def state_of(model: nn.Module, parameters_too: State) -> State:
     return {**parameters_too, **{f"buffer {n}": b.clone() for n, b in model.named_buffers()}}
 
 
-def plainly(new: Callable[[], nn.Module], feed: Feed) -> State:
-    """Without shoal: gradients of the leaves, added, divided, one step. Every leaf starts from the step's buffers."""
+def plainly(new: Callable[[], nn.Module], feed: Feed, order: Sequence[int] = range(LEAVES)) -> State:
+    """Without shoal: gradients of the leaves, added, divided, one step. Every leaf starts from the step's buffers.
+
+    `order` is that in which leaves are computed. Only a model that remembers its last call can tell.
+    """
     shoal.seed(SEED, 0)
     model = new()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(STEPS):
         start = {n: b.clone() for n, b in model.named_buffers()}
-        grads: list[State] = []
-        buffers: list[State] = []
-        for leaf in range(LEAVES):
+        grads = [State()] * LEAVES
+        buffers = [State()] * LEAVES
+        for leaf in order:
             shoal.seed(SEED, step, leaf)
             loss_of(model(**feed.batch(step, leaf))).backward()
-            grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            grads[leaf] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             optimizer.zero_grad()
-            buffers.append({n: b.clone() for n, b in model.named_buffers()})
+            buffers[leaf] = {n: b.clone() for n, b in model.named_buffers()}
             _set_buffers(model, start)
         _set_buffers(model, {n: _mean([b[n] for b in buffers]) for n in start})
         for name, p in model.named_parameters():
@@ -126,6 +134,18 @@ class Numbers(torch.utils.data.Dataset[int]):
         return index
 
 
+def blocks(model: nn.Module, prefix: str = "") -> list[str]:
+    """The modules that shoal makes units of at full size: at this size it would find most of them too small."""
+    is_list = isinstance(model, (nn.ModuleList, nn.Sequential))
+    found: list[str] = []
+    for name, child in model.named_children():
+        if is_list and not isinstance(child, (nn.ModuleList, nn.Sequential)):
+            found += [prefix + name] if parameters(child) >= SMALLEST else []
+        else:
+            found += blocks(child, f"{prefix}{name}.")
+    return found
+
+
 def sharded(strategy: str, new: Callable[[], nn.Module], feed: Feed) -> list[State]:
     """Under shoal; what every rank has in the end."""
 
@@ -133,7 +153,7 @@ def sharded(strategy: str, new: Callable[[], nn.Module], feed: Feed) -> list[Sta
         with shoal.init(strategy, leaves=LEAVES, seed=SEED, run_dir="none", device="cpu") as job:
             shoal.seed(SEED, 0)
             model = new()
-            model, optimizer = job.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+            model, optimizer = job.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3), units=blocks(model))
             for number in job.loader(Numbers(), global_batch=LEAVES, shuffle=False):
                 loss_of(model(**feed.batch(*divmod(int(number), LEAVES)))).backward()
                 optimizer.step()
@@ -171,17 +191,19 @@ def examined(architecture: Architecture) -> Found:
         told["kind"] = kind_of(architecture, config)
         shoal.seed(SEED, 0)
         model = make(architecture, config)
-        told["parameters"] = parameters(model)
+        told["units"], told["parameters"] = len(blocks(model)) + 1, parameters(model)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         feed = accepted(model, config)
         new = lambda: make(architecture, config)  # noqa: E731
         want = plainly(new, feed)
         told["trained"] = sum(p.numel() for n, p in before.items() if not torch.equal(p, want[n]))
-        apart = difference(plainly(new, feed), want)
+        again = difference(plainly(new, feed), want)
+        turned = difference(plainly(new, feed, range(LEAVES)[::-1]), want)
     except Exception as e:
         return Found(**told, plain=_line(e), seconds=time.perf_counter() - begin)
-    if apart:
-        return Found(**told, plain=f"differs from itself: {apart}", seconds=time.perf_counter() - begin)
+    if again or turned:
+        why = f"differs from itself: {again}" if again else f"remembers the order of its calls: {turned}"
+        return Found(**told, plain=why, seconds=time.perf_counter() - begin)
     unequal: dict[str, str] = {}
     for strategy in STRATEGIES:
         try:
@@ -228,10 +250,13 @@ def row(found: Found) -> str:
     """One line of the table."""
     verdicts = " ".join(f"{'-' if found.plain else 'no' if s in found.unequal else 'yes':>5}" for s in STRATEGIES)
     why = found.plain or "; ".join(f"{s}: {r}" for s, r in found.unequal.items())
-    return f"{found.name:32} {found.kind:19} {found.parameters:>9,} {found.trained:>9,} {verdicts}  {why[:180]}".rstrip()
+    numbers = f"{found.units:5} {found.parameters:>9,} {found.trained:>9,}"
+    return f"{found.name:32} {found.kind:19} {numbers} {verdicts}  {why[:180]}".rstrip()
 
 
-HEADING = f"{'architecture':32} {'kind':19} {'parameters':>9} {'trained':>8} " + " ".join(f"{s:>5}" for s in STRATEGIES)
+HEADING = f"{'architecture':32} {'kind':19} units {'param.':>9} {'trained':>9} " + " ".join(
+    f"{s:>5}" for s in STRATEGIES
+)
 
 
 def summary(all_found: Sequence[Found]) -> str:
@@ -251,7 +276,7 @@ def measured(all_found: Sequence[Found]) -> list[Measured]:
         values: dict[str, tuple[float, str]] = {"parameters": (f.parameters, "parameter"), "seconds": (f.seconds, "s")}
         if not f.plain:
             values |= {f"equal_{s}": (float(s not in f.unequal), "yes or no") for s in STRATEGIES}
-            values |= {"trained": (f.trained, "parameter")}
+            values |= {"trained": (f.trained, "parameter"), "units": (f.units, "unit")}
         lines += [Measured(bench="zoo", case=f.name, metric=m, value=v, unit=u) for m, (v, u) in values.items()]
     return lines
 

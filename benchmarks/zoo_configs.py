@@ -13,8 +13,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 TASKS = (
-    "FOR_MASKED_LM", "FOR_CAUSAL_LM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_SPEECH_SEQ_2_SEQ", "FOR_CTC",
-    "FOR_AUDIO_CLASSIFICATION", "FOR_IMAGE_CLASSIFICATION", "FOR_VIDEO_CLASSIFICATION", "FOR_SEMANTIC_SEGMENTATION",
+    "FOR_SPEECH_SEQ_2_SEQ", "FOR_CTC", "FOR_AUDIO_CLASSIFICATION", "FOR_MASKED_LM", "FOR_CAUSAL_LM",
+    "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_IMAGE_CLASSIFICATION", "FOR_VIDEO_CLASSIFICATION", "FOR_SEMANTIC_SEGMENTATION",
     "FOR_DEPTH_ESTIMATION", "FOR_MASKED_IMAGE_MODELING", "FOR_IMAGE_TEXT_TO_TEXT", "FOR_SEQUENCE_CLASSIFICATION",
     "FOR_TIME_SERIES_PREDICTION", "FOR_TIME_SERIES_CLASSIFICATION", "FOR_PRETRAINING", "FOR_OBJECT_DETECTION", "",
 )  # fmt: skip
@@ -23,7 +23,7 @@ TASKS = (
 VOCABULARY = 128
 SPECIAL = 96
 """Tokens from here on have a meaning of their own, such as the place of an image."""
-WIDTH, HEADS, HEAD = 32, 4, 8
+WIDTH, HEADS, HEAD, LAYERS = 32, 4, 8, 3
 IMAGE, PATCH = 32, 8
 POSITIONS = 64
 
@@ -57,10 +57,10 @@ def architectures() -> list[Architecture]:
 
 RULES: tuple[tuple[str, int], ...] = (
     (r"(num_labels|.*(kernel|stride|dilation|padding|ratio|interval|period|factor|_step|reduction).*)", 0),
-    (r"(num_feat_extract_layers|chunk_size_feed_forward|pretraining_tp|.*_(ignore_index|coefficient|cost)|spatial_merge_size)", 0),
-    (r"(temporal_patch_size|tubelet_size|num_frames|type_vocab_size|feature_size|input_size)", 0),
+    (r"num_feat_extract_layers|chunk_size_feed_forward|pretraining_tp|.*_(ignore_index|coefficient|cost)", 0),
+    (r"(spatial_merge_size|temporal_patch_size|tubelet_size|num_frames|type_vocab_size|feature_size|input_size)", 0),
     (r"(num_channels|in_channels|audio_channels|input_channels|in_chans|.*sampling_rate|sample_rate)", 0),
-    (r".*vocab_size.*|num_embeddings|codebook_size", VOCABULARY),
+    (r".*vocab(_size.*)?|num_embeddings|codebook_size", VOCABULARY),
     (r".*max_(position|source_positions|target_positions|2d_position|seq_len|length).*|n_positions|n_ctx", POSITIONS),
     (r"context_length|prediction_length|seq_len(gth)?|max_seq_len|num_patches|block_size", 16),
     (r".*(key_value_heads|kv_heads|kv_n_heads|key_value_groups)", 2),
@@ -68,17 +68,19 @@ RULES: tuple[tuple[str, int], ...] = (
     (r".*(experts_per_tok(en)?|top_?k|moe_k)", 2),
     (r".*(n_shared_experts|num_shared_experts)", 1),
     (r".*num_.*experts|n_routed_experts|num_experts", 4),
-    (r".*(linear|mamba|ssm).*num.*heads|.*(mamba|ssm)_n_heads|n_mamba_heads", HEADS),
-    (r".*heads?|n_head|.*num_heads.*", HEADS),
+    (r".*(linear|mamba|ssm).*num.*heads|n_mamba_heads", HEADS),
+    (r"mamba_n_heads|mamba_num_heads", 2 * WIDTH // HEAD),
     (r".*head_dim.*|d_kv|d_head|dim_head|qk_.*_dim|v_head_dim|rotary_dim|.*_d_head", HEAD),
-    (r"first_k_dense_replace|num_dense_layers|decoder_sparse_step|depths|.*numb?_of_layers|num_block.*|layer_depths", 1),
-    (r"(.*_)?(layers|depth|n_layer|num_blocks|blocks)(_.*)?|num_hidden_groups", 2),
+    (r".*heads?|n_head|.*num_heads.*", HEADS),
+    (r"first_k_dense_replace|num_dense_layers|decoder_sparse_step|(layer_)?depths|.*numb?_of_layers|num_block.*", 1),
+    (r"(.*_)?(layers|depth|n_layer|num_blocks|blocks)(_.*)?|num_hidden_groups", LAYERS),
     (r"image_size|img_size|pretrain_image_size|resolution", IMAGE),
     (r"patch_sizes?", PATCH),
     (r".*(state_size|d_state)", HEAD),
     (r"time_step_rank|.*dt_rank|.*lora_rank|.*_rank", HEAD),
     (r".*(mel_bins|mel_dim|input_feat.*)", 16),
-    (r".*window.*|.*chunk_size", 8),
+    (r".*chunk_size", 8),
+    (r".*window.*", 4),
     (r"mask_(time|feature)_length|mask_time_min_masks", 2),
     (r".*(intermediate|ffn|mlp|inner|d_ff|dim_ff|feed_?forward|dff).*", 2 * WIDTH),
     (r"num_(queries|latents|query_tokens|.*tokens.*)|.*_n_latents|max_.*tiles", 8),
@@ -88,9 +90,29 @@ RULES: tuple[tuple[str, int], ...] = (
 """Names of numbers in configurations, whole, and the most that they may be; 0: as they are. The first match counts."""
 
 KINDS_OF_ID = re.compile(r".*(_token_id|_token_index|_bos_id|_eos_id|_pad_id|_id|_index)$")
-LEFT_OUT = {"out_features", "out_indices", "stage_names", "transformers_version", "architectures", "id2label", "label2id", "dtype", "_name_or_path"}
+LEFT_OUT = {
+    "per_layer_config",
+    "out_features",
+    "out_indices",
+    "stage_names",
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "dtype",
+    "_name_or_path",
+}
 
-FIXES: dict[str, dict[str, Value]] = {}
+FIXES: dict[str, dict[str, Value]] = {
+    "big_bird": {"attention_type": "original_full"},  # it turns to this itself in its first call for a short text
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "wav2vec2-bert": {"vocab_size": VOCABULARY},
+    "moonshine": {"pad_token_id": 0},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+    "bit": {"num_groups": 4},
+    "autoformer": {"prediction_length": 8, "context_length": 16},
+}
 """What the rules do not get right, per model type; a key with dots goes into inner configurations."""
 
 
@@ -131,10 +153,17 @@ def _shrunk(values: Mapping[str, Value], ids: dict[str, int]) -> dict[str, Value
             continue
         if isinstance(value, Mapping) and name.endswith("config"):
             made[name] = _shrunk(value, ids)
+        elif name == "rope_parameters" and isinstance(value, Mapping) and "rope_theta" in value:
+            made[name] = {
+                **value,
+                "mrope_section": [2, 1, 1],
+            }  # of half a head, where a model has three kinds of places
         elif KINDS_OF_ID.match(name) and isinstance(value, int) and not isinstance(value, bool):
             made[name] = _special(name, value, ids)
-        elif isinstance(value, list) and layers is not None and len(value) == layers and layers > 2:
-            made[name] = [_number(name, v) for v in _various(value, 2)]  # one value per layer
+        elif name == "num_key_value_heads" and value == values.get("num_attention_heads"):
+            made[name] = HEADS
+        elif isinstance(value, list) and layers is not None and len(value) == layers and layers > LAYERS:
+            made[name] = [_number(name, v) for v in _various(value, LAYERS)]  # one value per layer
         else:
             made[name] = _number(name, value)
     return made
@@ -159,6 +188,8 @@ def _number(name: str, value: Value) -> Value:
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     most = next((most for pattern, most in RULES if re.fullmatch(pattern, name)), 0)
+    if most == HEADS and value > 0:  # a power of two
+        return min(1 << value.bit_length() - 1, HEADS)
     return min(value, most) if most else value
 
 

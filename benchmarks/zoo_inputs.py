@@ -19,7 +19,7 @@ Make = Callable[[Generator], Tensor]
 
 @dataclass(frozen=True)
 class Feed:
-    """How a batch is drawn. `shape_words` tells which of the candidates a model has accepted."""
+    """How each of a forward's arguments is drawn."""
 
     makes: Mapping[str, Make]
 
@@ -29,8 +29,10 @@ class Feed:
         return {name: make(generator) for name, make in self.makes.items()}
 
 
-def tokens(*shape: int) -> Make:
-    return lambda g: torch.randint(3, SPECIAL - 6, shape, generator=g)
+def tokens(config: PretrainedConfig, *shape: int) -> Make:
+    """Ordinary ones, which every vocabulary of this configuration has."""
+    sizes = [n for part in parts(config) if isinstance(n := getattr(part, "vocab_size", None), int) and n > 4]
+    return lambda g: torch.randint(3, min([SPECIAL, *sizes]), shape, generator=g)
 
 
 def classes(count: int, *shape: int) -> Make:
@@ -57,7 +59,7 @@ def feeds(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[Feed]:
         for labels in _labels(known, main, config):
             yield Feed({**main, **others, **labels})
             if "decoder_input_ids" in known and "decoder_input_ids" not in others:
-                yield Feed({**main, **others, "decoder_input_ids": tokens(BATCH, LENGTH), **labels})
+                yield Feed({**main, **others, "decoder_input_ids": tokens(config, BATCH, LENGTH), **labels})
 
 
 def first(config: PretrainedConfig, names: Sequence[str], otherwise: int) -> int:
@@ -76,8 +78,12 @@ def _mains(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[dict[st
     known, name = arguments(model), model.main_input_name
     if name not in known:
         name = next((n for n in ("input_ids", "pixel_values", "input_values", "input_features") if n in known), name)
-    text = {"input_ids": tokens(BATCH, LENGTH)}
-    bins = first(config, ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_size"), 16)
+    text = {"input_ids": tokens(config, BATCH, LENGTH)}
+    bins = first(
+        config,
+        ("feature_projection_input_dim", "num_mel_bins", "input_feat_per_channel", "feature_size", "input_size"),
+        16,
+    )
     frames = first(config, ("max_length", "max_source_positions"), POSITIONS)
     channels = first(config, ("num_channels", "in_channels", "in_chans"), 3)
     size = first(config, ("image_size", "img_size"), IMAGE)
@@ -97,17 +103,22 @@ def _mains(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[dict[st
         for shape in ((length, width), (length,)):
             yield {name: floats(BATCH, *shape)}
     yield text
+    if "pixel_values" in known and "input_ids" in known:
+        yield {**text, "pixel_values": floats(BATCH, channels, size, size)}
     if "inputs_embeds" in known:
         yield {"inputs_embeds": floats(BATCH, LENGTH, first(config, ("hidden_size", "d_model"), 32))}
 
 
-def _others(known: Mapping[str, inspect.Parameter], main: Mapping[str, Make], config: PretrainedConfig) -> dict[str, Make]:
+def _others(
+    known: Mapping[str, inspect.Parameter], main: Mapping[str, Make], config: PretrainedConfig
+) -> dict[str, Make]:
+    """What a forward needs besides its main input, as far as it can be guessed."""
     made: dict[str, Make] = {}
     patches = (first(config, ("image_size",), IMAGE) // max(first(config, ("patch_size",), 8), 1)) ** 2
     rows = first(config, ("prediction_length",), 16)
     at_hand: dict[str, Make] = {
         "bool_masked_pos": mask(BATCH, patches), "future_values": floats(BATCH, rows), "bbox": ones(BATCH, LENGTH, 4),
-        "decoder_input_ids": tokens(BATCH, LENGTH), "past_time_features": floats(BATCH, 16, 1),
+        "decoder_input_ids": tokens(config, BATCH, LENGTH), "past_time_features": floats(BATCH, 16, 1),
         "past_observed_mask": ones(BATCH, 16), "attention_mask": ones(BATCH, LENGTH),
     }  # fmt: skip
     for name, parameter in known.items():
@@ -117,13 +128,16 @@ def _others(known: Mapping[str, inspect.Parameter], main: Mapping[str, Make], co
     return made
 
 
-def _labels(known: Mapping[str, inspect.Parameter], main: Mapping[str, Make], config: PretrainedConfig) -> Iterator[dict[str, Make]]:
+def _labels(
+    known: Mapping[str, inspect.Parameter], main: Mapping[str, Make], config: PretrainedConfig
+) -> Iterator[dict[str, Make]]:
+    """Tokens, classes, a map of classes or of numbers, nothing."""
     if "labels" in known:
         if "input_ids" in main or config.is_encoder_decoder:
-            yield {"labels": tokens(BATCH, LENGTH)}
+            yield {"labels": tokens(config, BATCH, LENGTH)}
         yield {"labels": classes(getattr(config, "num_labels", 2), BATCH)}
         if "input_ids" not in main:
-            yield {"labels": tokens(BATCH, 3)}
+            yield {"labels": tokens(config, BATCH, 3)}
             side = first(config, ("image_size",), IMAGE)
             yield {"labels": classes(2, BATCH, side, side)}
             yield {"labels": floats(BATCH, side, side)}
