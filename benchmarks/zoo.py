@@ -35,6 +35,7 @@ from zoo_inputs import Feed, accepted, loss_of, parameters
 
 import shoal
 from shoal.comm.threads import run
+from shoal.engine.units import choose
 
 STEPS, LEAVES, RANKS = 3, 2, 2
 STRATEGIES = ("ddp", "zero3")
@@ -134,16 +135,9 @@ class Numbers(torch.utils.data.Dataset[int]):
         return index
 
 
-def blocks(model: nn.Module, prefix: str = "") -> list[str]:
-    """The modules that shoal makes units of at full size: at this size it would find most of them too small."""
-    is_list = isinstance(model, (nn.ModuleList, nn.Sequential))
-    found: list[str] = []
-    for name, child in model.named_children():
-        if is_list and not isinstance(child, (nn.ModuleList, nn.Sequential)):
-            found += [prefix + name] if parameters(child) >= SMALLEST else []
-        else:
-            found += blocks(child, f"{prefix}{name}.")
-    return found
+def blocks(model: nn.Module) -> list[str]:
+    """What shoal makes units of at full size: at this size it would find most of them too small."""
+    return [name for name in choose(model, smallest=SMALLEST) if name]
 
 
 def sharded(strategy: str, new: Callable[[], nn.Module], feed: Feed) -> list[State]:
