@@ -39,7 +39,7 @@ from shoal.engine.units import choose
 
 STEPS, LEAVES, RANKS = 3, 2, 2
 STRATEGIES = ("ddp", "zero3")
-PATIENCE = 60.0
+PATIENCE = 40.0
 """Seconds that one architecture may take."""
 SEED = 0
 SMALLEST = 256

@@ -13,8 +13,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 TASKS = (
-    "FOR_SPEECH_SEQ_2_SEQ", "FOR_CTC", "FOR_AUDIO_CLASSIFICATION", "FOR_MASKED_LM", "FOR_CAUSAL_LM",
-    "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_IMAGE_CLASSIFICATION", "FOR_VIDEO_CLASSIFICATION", "FOR_SEMANTIC_SEGMENTATION",
+    "FOR_SPEECH_SEQ_2_SEQ", "FOR_CTC", "FOR_AUDIO_CLASSIFICATION", "FOR_MASKED_LM", "FOR_SEQ_TO_SEQ_CAUSAL_LM",
+    "FOR_CAUSAL_LM", "FOR_IMAGE_CLASSIFICATION", "FOR_VIDEO_CLASSIFICATION", "FOR_SEMANTIC_SEGMENTATION",
     "FOR_DEPTH_ESTIMATION", "FOR_MASKED_IMAGE_MODELING", "FOR_IMAGE_TEXT_TO_TEXT", "FOR_SEQUENCE_CLASSIFICATION",
     "FOR_TIME_SERIES_PREDICTION", "FOR_TIME_SERIES_CLASSIFICATION", "FOR_PRETRAINING", "FOR_OBJECT_DETECTION", "",
 )  # fmt: skip
@@ -72,7 +72,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"mamba_n_heads|mamba_num_heads", 2 * WIDTH // HEAD),
     (r".*head_dim.*|d_kv|d_head|dim_head|qk_.*_dim|v_head_dim|rotary_dim|.*_d_head", HEAD),
     (r".*heads?|n_head|.*num_heads.*", HEADS),
-    (r"first_k_dense_replace|num_dense_layers|decoder_sparse_step|(layer_)?depths|.*numb?_of_layers|num_block.*", 1),
+    (r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers", 1),
+    (r"decoder_sparse_step|(layer_)?depths|.*numb?_of_layers|num_block.*", 1),
     (r"(.*_)?(layers|depth|n_layer|num_blocks|blocks)(_.*)?|num_hidden_groups", LAYERS),
     (r"image_size|img_size|pretrain_image_size|resolution", IMAGE),
     (r"patch_sizes?", PATCH),
@@ -85,7 +86,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r".*(intermediate|ffn|mlp|inner|d_ff|dim_ff|feed_?forward|dff).*", 2 * WIDTH),
     (r"num_(queries|latents|query_tokens|.*tokens.*)|.*_n_latents|max_.*tiles", 8),
     (r"(.*_)?(num_buckets|codevectors.*)", 16),
-    (r".*(hidden|embed|d_model|_dims?|channels|width|units|_size|filters|emb).*|dim|.*_dim", WIDTH),
+    (r".*(hidden|embed|d_model|_dims?|channels|_groups|width|units|_size|filters|emb).*|dim|.*_dim", WIDTH),
 )  # fmt: skip
 """Names of numbers in configurations, whole, and the most that they may be; 0: as they are. The first match counts."""
 
@@ -131,6 +132,8 @@ def tiny(architecture: Architecture) -> PretrainedConfig:
             inner = inner[name]  # type: ignore[assignment]
         inner[last] = value  # type: ignore[index]
     config = kind(**small)
+    if not isinstance(config, getattr(transformers, architecture.model).config_class):
+        config = config.get_text_config()
     for part in parts(config):
         if hasattr(part, "use_cache"):
             part.use_cache = False
@@ -160,6 +163,8 @@ def _shrunk(values: Mapping[str, Value], ids: dict[str, int]) -> dict[str, Value
             }  # of half a head, where a model has three kinds of places
         elif KINDS_OF_ID.match(name) and isinstance(value, int) and not isinstance(value, bool):
             made[name] = _special(name, value, ids)
+        elif name == "head_dim" and value is None:
+            made[name] = HEAD
         elif name == "num_key_value_heads" and value == values.get("num_attention_heads"):
             made[name] = HEADS
         elif isinstance(value, list) and layers is not None and len(value) == layers and layers > LAYERS:
