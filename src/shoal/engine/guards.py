@@ -59,6 +59,8 @@ def guard_model(engine: Engine) -> list[Handle]:
 
     handles: list[Handle] = []
     for module in engine.model.modules():
+        if next(module.parameters(), None) is None:  # nothing is away, and another model may hold it too
+            continue
         handles.append(module.register_state_dict_pre_hook(no_state))
         handles.append(module.register_load_state_dict_pre_hook(no_load))
     return handles
@@ -75,13 +77,15 @@ class Uncopied:
     def __init__(self, engine: Engine, handles: Iterable[Handle]) -> None:
         self.engine = engine
         self.hooks = {getattr(h, "id", None) for h in handles}
-        self.modules = [m for m in engine.model.modules() if not hasattr(type(m), "__deepcopy__")]
-        for module in self.modules:
-            module.__dict__["__deepcopy__"] = self._copier(module)
+        modules = [m for m in engine.model.modules() if not hasattr(type(m), "__deepcopy__")]
+        self.copiers = {m: self._copier(m) for m in modules}
+        for module, copier in self.copiers.items():
+            module.__dict__["__deepcopy__"] = copier
 
     def _copier(self, module: nn.Module) -> Callable[[dict[int, object]], nn.Module]:
         def copier(memo: dict[int, object]) -> nn.Module:
-            if not self.engine.leased and any(not u.resident for u in self.engine.units):
+            away = not self.engine.leased and any(not u.resident for u in self.engine.units)
+            if away and next(module.parameters(), None) is not None:
                 raise AwayError(
                     f"a copy of this {type(module).__name__} would hold placeholders: its parameters live in shards",
                     remedy="with job.whole(model): twin = copy.deepcopy(model)",
@@ -99,5 +103,6 @@ class Uncopied:
         return copier
 
     def remove(self) -> None:
-        for module in self.modules:
-            del module.__dict__["__deepcopy__"]
+        for module, copier in self.copiers.items():
+            if module.__dict__.get("__deepcopy__") is copier:  # not that of another model, which holds it too
+                del module.__dict__["__deepcopy__"]

@@ -21,12 +21,13 @@ SMALLEST = 4096
 """Elements. A block with fewer stays with the block around it."""
 
 
-def choose(model: nn.Module, named: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def choose(model: nn.Module, named: Sequence[str] | None = None, *, smallest: int = SMALLEST) -> dict[str, nn.Module]:
     """The blocks whose parameters travel together, by module name; the model itself ("") comes last, for the rest.
 
     Args:
         model: the whole model.
         named: module names to use; None: the blocks of every ModuleList or Sequential, if not very small.
+        smallest: elements of a block, so that it is not very small.
 
     Raises:
         ModelError: a name that is no module of this model.
@@ -36,26 +37,30 @@ def choose(model: nn.Module, named: Sequence[str] | None = None) -> dict[str, nn
         for name in named:
             if name not in modules:
                 raise ModelError(f"units= names {name!r}, which is no module", remedy=nearest(name, modules))
-            if type(modules[name]).forward is nn.Module.forward:
+            if not _has_forward(modules[name]):
                 children = ", ".join(f"{name}.{n}" for n, _ in modules[name].named_children())
                 raise ModelError(
                     f"units= names {name!r}, a {type(modules[name]).__name__}, which has no forward to enter",
                     remedy=f"name {children}",
                 )
         return {name: modules[name] for name in modules if name in named and name} | {"": model}
-    return {name: m for name, m in _blocks(model, "") if name} | {"": model}
+    return {name: m for name, m in _blocks(model, "", smallest) if name} | {"": model}
 
 
-def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _blocks(module: nn.Module, prefix: str, smallest: int) -> Iterator[tuple[str, nn.Module]]:
     is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
     for child_name, child in module.named_children():
         name = f"{prefix}{child_name}"
-        holds_list = isinstance(child, (nn.ModuleList, nn.Sequential))
-        if is_list and not holds_list:
-            if sum(p.numel() for p in child.parameters()) >= SMALLEST:
+        if is_list and _has_forward(child) and not isinstance(child, nn.Sequential):
+            if sum(p.numel() for p in child.parameters()) >= smallest:
                 yield name, child
         else:
-            yield from _blocks(child, f"{name}.")
+            yield from _blocks(child, f"{name}.", smallest)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Containers, and modules that only hold others, are never entered: no hook of theirs would run."""
+    return type(module).forward is not nn.Module.forward
 
 
 def parts(
