@@ -189,6 +189,7 @@ class Engine:
         for unit in self.units:
             if unit.resident:
                 unit.check_shown()
+                unit.check_written()
         thawed = [n for u in self.units if not u.trainable for n, p in u.params.items() if p.requires_grad]
         if thawed:
             raise OrderError(

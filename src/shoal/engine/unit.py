@@ -132,6 +132,7 @@ class Unit:
         for name, param in self.params.items():
             local(param).data = values[name]
         self.shown = {n: local(p).data_ptr() for n, p in self.params.items()}
+        self.versions = {n: p._version for n, p in self.params.items()}
 
     def check_shown(self) -> None:
         """Raises `AwayError` when somebody has put other tensors in place of what is shown: they would not count."""
@@ -141,6 +142,16 @@ class Unit:
                 f"the values of {', '.join(map(repr, replaced))} were replaced by another tensor after prepare",
                 cause="p.data = ..., model.to(), .half() or .double()",
                 remedy="dtypes and devices before job.prepare, values inside `with job.whole(model, write=True)`",
+            )
+
+    def check_written(self) -> None:
+        """Raises `AwayError` for writes into copies of what is trained."""
+        written = [n for n, p in self.params.items() if p._version != self.versions[n]]
+        if written and self.dtypes.compute != self.dtypes.master:
+            raise AwayError(
+                f"{', '.join(map(repr, written))} were changed in place, in copies of what is trained",
+                cause=f"they compute in {str(self.dtypes.compute).removeprefix('torch.')}; masters lie apart",
+                remedy="with job.whole(model, write=True): ...",
             )
 
     def gather(self) -> None:
