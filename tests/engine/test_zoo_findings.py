@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import shoal
 from shoal.comm.threads import run
 from shoal.engine.units import choose
+from shoal.strategy import Shard, Strategy
 from tests.engine.trials import assert_same, inputs, plain, train
 
 
@@ -77,3 +78,38 @@ def test_two_models_share_a_module_without_parameters() -> None:
     assert torch.equal(value, other)
     assert "__deepcopy__" not in Shared.activation.__dict__
     assert not Shared.activation._state_dict_pre_hooks
+
+
+class Adapted(nn.Module):
+    """Three blocks of a frozen and a trained unit each, any of which a leaf may skip, as layer drop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3))
+        for block in self.blocks:
+            block[0].requires_grad_(False)
+
+    def forward(self, x: Tensor, used: tuple[int, ...]) -> Tensor:
+        x = self.first(x)
+        for i in used:
+            x = x + self.blocks[i](x).tanh()
+        return x
+
+
+@pytest.mark.parametrize("first", [(0, 1), (1, 2), (0, 2), (0,), (1,), (2,), ()])
+def test_blocks_of_several_units_that_the_first_leaf_skips(first: tuple[int, ...]) -> None:
+    later = [(0, 1, 2), (0, 2), (1,), (0, 1, 2), (1, 2), (0, 1)]
+
+    def leaf(model: nn.Module, step: int, number: int) -> Tensor:
+        used = [first, first, *later][2 * step + number]
+        return model(inputs(step, number, 4, 64), used).square().mean()
+
+    blocks = [f"blocks.{i}" for i in range(3)]
+    strategy = Strategy(shard=Shard.PARAMETERS)
+    found = train((2, strategy), Adapted, leaf, leaves=2, steps=4, units=blocks, make_optimizer=trained)
+    assert_same(found, plain(Adapted, leaf, leaves=2, steps=4, make_optimizer=trained))
+
+
+def trained(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)

@@ -20,7 +20,7 @@ from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.schedule import Act, Cursor, Plan, Record, fullest, make_plan
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
-from shoal.engine.units import around
+from shoal.engine.units import around, together
 from shoal.errors import OrderError, PlanError
 from shoal.leaves import Assignment
 from shoal.random import mix
@@ -248,7 +248,8 @@ class Engine:
         told = self.mesh.world.share_any("plan", leaf.record.to_json())
         record = fullest([Record.from_json(data) for data in told])
         if +record.times:  # otherwise nobody has run a backward: the next leaf will tell
-            self.plan = make_plan(record, around(self.units), {u.index for u in self.units if u.trainable})
+            reduced = {u.index for u in self.units if u.trainable}
+            self.plan = make_plan(record, around(self.units), reduced, together(self.units))
             self.expected = record.times
 
     def settle(self) -> None:

@@ -63,58 +63,79 @@ def fullest(records: Sequence[Record]) -> Record:
     return max(records, key=lambda r: (len(+r.times), len(r.events)))
 
 
-def make_plan(record: Record, around: Mapping[int, Collection[int]], reduced: Collection[int]) -> Plan:
+def make_plan(
+    record: Record, around: Mapping[int, Collection[int]], reduced: Collection[int],
+    blocks: Collection[Collection[int]] = (),
+) -> Plan:  # fmt: skip
     """The order of collectives for all later leaves.
 
     Args:
         record: what the plan repeats.
         around: every unit in definition order, and the units of the blocks that it lies in.
         reduced: units that have gradients.
+        blocks: units that belong to one block, and are therefore always entered together.
     """
     last = {unit: i for i, (act, unit) in enumerate(record.events) if act is Act.REDUCE}
     events = [e for i, e in enumerate(record.events) if e[0] is not Act.REDUCE or last[e[1]] == i]
-    _add_missing(events, around)
+    _add_missing(events, around, {unit: block for block in blocks for unit in block})
     events += [(Act.REDUCE, unit) for unit in reversed(list(around)) if unit in reduced and unit not in last]
     return tuple(_fold(events))
 
 
-def _add_missing(events: list[Event], around: Mapping[int, Collection[int]]) -> None:
+def _add_missing(
+    events: list[Event], around: Mapping[int, Collection[int]], blocks: Mapping[int, Collection[int]]
+) -> None:
     """Let units that were not entered be used beside their neighbours, going in and coming back."""
     for unit, outer in around.items():
         there = {u for act, u in events if act is Act.GATHER}
         if unit in there or not there:
             continue
+        missing = [u for u in blocks.get(unit, (unit,)) if u not in there]
         before = [u for u in there if u < unit and u not in outer]
         after = [u for u in there if u > unit and u not in outer]
+        beside = max(before) if before else min(after) if after else max(there, key=lambda u: len(around[u]))
+        block = blocks.get(beside, (beside,))
+        first, last = _places(events, block)
         if before:
-            first, last = _places(events, max(before))
-            going = _used(events, first)
+            going = _used(events, first, block)
             coming = last if last > first else going
         elif after:
-            first, last = _places(events, min(after))
-            going, coming = first, _used(events, last)
+            going, coming = first, _used(events, last, block)
         else:
-            first, last = _places(events, max(there, key=lambda u: len(around[u])))
-            going, coming = first + 1, last + 1
-        use = [(Act.GATHER, unit), (Act.FREE, unit)]
+            going, coming = _entered(events, first, block), _entered(events, last, block)
+        use = [(act, u) for act in (Act.GATHER, Act.FREE) for u in missing]
         events[coming:coming] = use
         events[going:going] = use
 
 
-def _places(events: Sequence[Event], unit: int) -> tuple[int, int]:
-    """The first and the last time that it is gathered."""
-    found = [i for i, e in enumerate(events) if e == (Act.GATHER, unit)]
+def _places(events: Sequence[Event], block: Collection[int]) -> tuple[int, int]:
+    """Where the block is entered the first and the last time: where the first of its units is gathered."""
+    opener = next(u for act, u in events if act is Act.GATHER and u in block)
+    found = [i for i, e in enumerate(events) if e == (Act.GATHER, opener)]
     return found[0], found[-1]
 
 
-def _used(events: Sequence[Event], at: int) -> int:
-    """The place after the use that begins with the gather at `at`: after its free, if nothing is gathered before."""
-    for i in range(at + 1, len(events)):
-        if events[i][0] is Act.GATHER:
+def _entered(events: Sequence[Event], at: int, block: Collection[int]) -> int:
+    """The place after the gathers of the block's units that begin at `at`."""
+    while at < len(events) and events[at][0] is Act.GATHER and events[at][1] in block:
+        at += 1
+    return at
+
+
+def _used(events: Sequence[Event], at: int, block: Collection[int]) -> int:
+    """The place after the use that begins with the gathers at `at`: after its frees, if nothing is gathered before."""
+    end = _entered(events, at, block)
+    using = {unit for _, unit in events[at:end]}
+    for i in range(end, len(events)):
+        act, unit = events[i]
+        if act is Act.GATHER:
             break
-        if events[i] == (Act.FREE, events[at][1]):
-            return i + 1
-    return at + 1
+        if act is Act.FREE and unit in using:
+            using.remove(unit)
+            end = i + 1
+            if not using:
+                break
+    return end
 
 
 def _fold(events: Sequence[Event]) -> Iterator[Entry]:

@@ -121,6 +121,14 @@ def around(units: Sequence[Unit]) -> dict[int, set[int]]:
     return {a.index: {b.index for b in units if lies_in(a, b)} for a in units}
 
 
+def together(units: Sequence[Unit]) -> list[list[int]]:
+    """The units of every block, in the order in which its hooks name them."""
+    found: dict[nn.Module, list[int]] = {}
+    for unit in units:
+        found.setdefault(unit.module, []).append(unit.index)
+    return list(found.values())
+
+
 def aliases(model: nn.Module) -> dict[str, str]:
     """Further names of tied parameters and buffers, each with the name under which it is kept."""
     found: dict[str, str] = {}
