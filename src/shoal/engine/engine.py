@@ -408,7 +408,7 @@ class Engine:
         if not unit.here:
             raise AwayError(
                 f"backward went through {unit} while its parameters were away",
-                cause="its parameters are used without calling it (block.forward() runs no hooks), or something besides "
+                cause="its parameters are used without calling it (.forward() runs no hooks), or something besides "
                 "its outputs leads into it, such as a loss kept as an attribute",
                 remedy="return it from the block, or name larger blocks with units=",
             )
