@@ -51,8 +51,8 @@ class Presence:
         if not unit.here:
             raise AwayError(
                 f"backward went through {unit} while its parameters were away",
-                cause="its parameters are used without calling it, or something besides its outputs leads into it, "
-                "such as a loss kept as an attribute",
+                cause="its parameters are used without calling it (.forward() runs no hooks), or something besides its "
+                "outputs leads into it, such as a loss kept as an attribute",
                 remedy="return it from the block, or name larger blocks with units=",
             )
 
