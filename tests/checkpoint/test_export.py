@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -235,3 +236,29 @@ def test_the_verb(tmp_path: Path) -> None:
     }  # fmt: skip
     wrong = CliRunner().invoke(app, [*words, "--max-shard-size", "much"])
     assert (wrong.exit_code, wrong.stderr.startswith("shoal[E02] max_shard_size='much' is no size")) == (2, True)
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_transformers_loads_it(tmp_path: Path, size: str) -> None:
+    """A GPT-2 with tied embeddings, saved on two ranks: `from_pretrained` gives its logits."""
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    words = torch.arange(12).reshape(2, 6)
+
+    def rank_main(_rank: int) -> Tensor:
+        with shoal.init("zero3", run_dir="none") as job:
+            model = transformers.GPT2LMHeadModel(config)
+            model, optimizer = job.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+            model(input_ids=words, labels=words).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            job.save(tmp_path / "run")
+            model.eval()
+            with torch.no_grad():
+                return model(input_ids=words).logits
+
+    want = run(2, rank_main)[0]
+    export(tmp_path / "run", tmp_path / "out", max_shard_size=size)
+    config.save_pretrained(tmp_path / "out")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=words).logits, want)
