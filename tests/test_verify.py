@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.errors import OrderError
 from shoal.strategy import Cut, Shard, Strategy
@@ -98,3 +98,15 @@ def test_a_trace_comes_back_in_the_models_order(tmp_path: Path) -> None:
 def test_names_of_the_package_are_not_hidden_by_the_module() -> None:
     program = "import shoal; shoal.Trial; assert callable(shoal.verify); assert shoal.Report.__name__ == 'Report'"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_settings_of_the_place_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared is what the caller says, wherever it is."""
+    monkeypatch.chdir(tmp_path)
+    Path("shoal.toml").write_text('version = 1\n[job]\nleaves = 3\nstrategy = "zero9"\n')
+
+    def loss(model: nn.Module, step: int, leaf: int) -> Tensor:
+        return model(torch.full((2, 3), float(step + leaf))).square().mean()
+
+    report = verify(lambda: nn.Linear(3, 3), lambda ps: torch.optim.SGD(ps, lr=0.1), loss, "zero3", workers=2)
+    assert report.equal

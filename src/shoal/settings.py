@@ -70,20 +70,20 @@ class Resolved:
         return "\n".join(f"{name:{wide}}  {values[name]:{long}}  {origin}" for name, origin in self.origins.items())
 
 
-def resolve(code: Mapping[str, object], *, environ: Mapping[str, str], cwd: str | Path) -> Resolved:
+def resolve(code: Mapping[str, object], *, environ: Mapping[str, str], cwd: str | Path | None) -> Resolved:
     """Decide every setting.
 
     Args:
         code: what the program says; a value of None says nothing.
         environ: the process environment.
-        cwd: where `shoal.toml` is looked for.
+        cwd: where `shoal.toml` is looked for; None: nowhere.
 
     Raises:
         SettingError: an unknown name, a value that does not fit, or a file that cannot be read.
     """
     sources = [
         _Source({name: value for name, value in code.items() if value is not None}, lambda _name: "code"),
-        _file(environ, Path(cwd)),
+        _file(environ, Path(cwd)) if cwd is not None else _Source({}, str),
         _environment(environ),
         _flags(environ),
     ]

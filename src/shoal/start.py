@@ -39,8 +39,9 @@ def settle_settings(strategy: str | Strategy | None, given: Mapping[str, object]
     elif strategy is not None:
         Strategy.named(strategy)
         code["strategy"] = strategy
-    environ: Mapping[str, str] = {} if current.get() is not None else os.environ
-    return resolve(code, environ=environ, cwd=Path.cwd())
+    if current.get() is not None:  # a rank that is a thread, or a dry run: only the code speaks
+        return resolve(code, environ={}, cwd=None)
+    return resolve(code, environ=os.environ, cwd=Path.cwd())
 
 
 def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
