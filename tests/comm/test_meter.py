@@ -16,7 +16,7 @@ def test_it_counts_what_this_rank_would_send() -> None:
     flat = torch.empty(10, device="meta")
     world.gather("gather", flat, [0, 4, 10, 10]).wait()
     world.gather("gather", flat.to(torch.bfloat16), [0, 4, 10, 10]).wait()
-    world.swap("reduce", [[flat], [flat], [flat[:0]]], [[flat], [], []]).wait()
+    world.swap("reduce", [[[flat]], [[flat]], [[flat[:0]]]], [[[flat]], [], []]).wait()
     assert dict(meter.sent) == {"gather": 2 * 6 * 4 + 2 * 6 * 2, "reduce": 40}
 
 

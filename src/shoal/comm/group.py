@@ -10,15 +10,28 @@ from collections import Counter
 from collections.abc import Sequence
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from shoal.errors import OrderError
 
-Parcel = tuple[int, Tensor]
-"""A rank and a contiguous tensor to send to it or to fill from it."""
+
+class Like(NamedTuple):
+    """What to receive into memory of the carrier's choice: 1-d tensors of these `sizes`, in elements."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+Strips = Sequence[Tensor]
+"""Contiguous tensors of one dtype and device that travel one after the other."""
+Parcel = tuple[int, Strips]
+"""A rank and what to send to it."""
+Box = tuple[int, Strips | Like]
+"""A rank and what to fill from it. Both sides agree on the sizes of the strips; empty ones do not travel."""
 
 LAST_DOING = "has finished and closes the job"
 """The note of a rank that takes part in nothing but meetings any more."""
@@ -27,13 +40,38 @@ LAST_DOING = "has finished and closes the job"
 class Pending(Protocol):
     """A transfer under way."""
 
-    def wait(self) -> None:
-        """Return when all has arrived and all that was sent may be overwritten.
+    def ready(self) -> bool:
+        """Has all arrived? Never waits."""
+        ...
+
+    def wait(self) -> Sequence[Strips]:
+        """Return what was received, box by box, when all has arrived.
+
+        All that was sent may be overwritten then; except, where a box was `Like`, memory of the carrier (`Carrier.empty`),
+        which may be when it is idle.
 
         Raises:
             PeerLost: a rank died or left.
             StalledError: nobody moved for `timeout` seconds.
         """
+        ...
+
+    def release(self) -> None:
+        """What came into memory of the carrier's choice is not used any more."""
+        ...
+
+
+class Common(Protocol):
+    """One memory that all members of a group see, each of whom writes its own part of it."""
+
+    data: Tensor
+
+    def publish(self) -> None:
+        """This member's part is current now. All members publish equally often."""
+        ...
+
+    def current(self) -> Pending:
+        """Until everybody has published as often as this member."""
         ...
 
 
@@ -46,8 +84,22 @@ class Carrier(Protocol):
     closed: bool  # the job is over
     failed: bool  # this rank or its connections have failed: there is nobody to say goodbye to
 
-    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
+    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         """Start a transfer. `label` must be equal on both sides, and differs from that of any other under way."""
+        ...
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory from which others can be sent to without a copy, where there is such."""
+        ...
+
+    def idle(self, tensor: Tensor) -> bool:
+        """May memory from `empty` be overwritten? Others may still read it."""
+        ...
+
+    def common(
+        self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
+    ) -> Common | None:  # fmt: skip
+        """Zeros that all these ranks see; None where they have no memory in common. Collective."""
         ...
 
     def note(self, mark: str) -> None:
@@ -70,10 +122,25 @@ current: ContextVar[Carrier | None] = ContextVar("shoal_carrier", default=None)
 
 
 class Done:
-    """Nothing to wait for."""
+    """Nothing to wait for any more."""
 
-    def wait(self) -> None:
+    def __init__(self, received: Sequence[Strips] = ()) -> None:
+        self.received = received
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> Sequence[Strips]:
+        return self.received
+
+    def release(self) -> None:
         return
+
+
+def new_strips(like: Like) -> Strips:
+    """Fresh memory, in one piece."""
+    flat = torch.empty(sum(like.sizes), dtype=like.dtype, device=like.device)
+    return torch.split(flat, list(like.sizes))
 
 
 class Group:
@@ -90,8 +157,8 @@ class Group:
         self.rank, self.size = self.ranks.index(carrier.rank), len(self.ranks)
         self._count = 0
 
-    def swap(self, verb: str, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> Pending:
-        """Send `sends[r]` to each member r and fill `receives[r]` from it. What is for oneself is left alone.
+    def swap(self, verb: str, sends: Sequence[Sequence[Strips]], receives: Sequence[Sequence[Strips | Like]]) -> Pending:
+        """Send all of `sends[r]` to each member r and fill `receives[r]` from it; nothing for oneself.
 
         Both sides must agree on number and sizes. Empty tensors do not travel.
 
@@ -108,14 +175,21 @@ class Group:
             )
         return self.carrier.post(
             f"{verb} {self.name} #{self._count}",
-            [(self.ranks[r], t) for r, ts in enumerate(sends) if r != self.rank for t in ts if t.numel()],
-            [(self.ranks[r], t) for r, ts in enumerate(receives) if r != self.rank for t in ts if t.numel()],
+            [(self.ranks[r], strips) for r, parcels in enumerate(sends) if r != self.rank for strips in parcels],
+            [(self.ranks[r], box) for r, boxes in enumerate(receives) if r != self.rank for box in boxes],
         )
 
     def gather(self, verb: str, flat: Tensor, bounds: Sequence[int]) -> Pending:
         """Member r has filled `flat[bounds[r]:bounds[r + 1]]`; afterwards everybody has all of it."""
         parts = [flat[a:b] for a, b in pairwise(bounds)]
-        return self.swap(verb, [[parts[self.rank]]] * self.size, [[part] for part in parts])
+        return self.swap(verb, [[[parts[self.rank]]]] * self.size, [[[part]] for part in parts])
+
+    def common(self, numel: int, dtype: torch.dtype, device: torch.device) -> Common | None:
+        """Zeros that all members see; None where they have no memory in common, or nobody to have it with. Collective."""
+        self._count += 1
+        if self.size == 1:
+            return None
+        return self.carrier.common(f"common {self.name} #{self._count}", self.ranks, numel, dtype, device)
 
     def share(self, verb: str, data: bytes) -> list[bytes]:
         """Everybody gets everybody's bytes, in the order of the group. All must have the same length."""
@@ -124,7 +198,7 @@ class Group:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         boxes = [torch.empty_like(mine) for _ in self.ranks]
         boxes[self.rank] = mine
-        self.swap(verb, [[mine]] * self.size, [[box] for box in boxes]).wait()
+        self.swap(verb, [[[mine]]] * self.size, [[[box]] for box in boxes]).wait()
         return [box.numpy().tobytes() for box in boxes]
 
     def share_any(self, verb: str, data: bytes) -> list[bytes]:

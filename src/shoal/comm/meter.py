@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 
-from shoal.comm.group import Done, Parcel, Pending, current
+import torch
+from torch import Tensor
+
+from shoal.comm.group import Box, Common, Done, Like, Parcel, Pending, current, new_strips
 from shoal.random import get_states, set_states
 
 
@@ -21,14 +24,26 @@ class Meter:
         self.rank, self.size, self.sent = rank, size, Counter[str]()
         self.closed, self.failed = False, False
 
-    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
-        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, t in sends)
+    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
+        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, strips in sends for t in strips)
         echo = dict(sends)
-        for peer, box in receives:
-            mine = echo.get(peer)
-            if not box.is_meta and mine is not None and mine.nbytes == box.nbytes:
-                box.copy_(mine)  # so that everybody seems to agree with us
-        return Done()
+        boxes = [(peer, new_strips(box) if isinstance(box, Like) else box) for peer, box in receives]
+        for peer, strips in boxes:
+            for box, mine in zip(strips, echo.get(peer, ()), strict=False):
+                if not box.is_meta and mine.nbytes == box.nbytes:
+                    box.copy_(mine)  # so that everybody seems to agree with us
+        return Done([strips for _, strips in boxes])
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def idle(self, tensor: Tensor) -> bool:
+        return True
+
+    def common(
+        self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
+    ) -> Common | None:  # fmt: skip
+        return None
 
     def note(self, mark: str) -> None:
         return

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from queue import Empty
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from shoal.comm.group import Parcel, Pending
+from shoal.comm.group import Box, Common, Like, Parcel, Pending, Strips
+from shoal.comm.pool import Pool
 from shoal.comm.sockets import all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
 from shoal.comm.waiter import Lost, Transfer, Waiter
 from shoal.comm.watch import TICK, Verdict, Watch
@@ -74,7 +75,7 @@ class Gloo:
         self.rank, self.size, self.sent = address.rank, address.size, Counter[str]()
         self.closed, self.failed = False, False
         self.group: _Pairs | None
-        self.waiter = Waiter()
+        self.waiter, self.spare = Waiter(), Pool()
         before = sockets()
         store, self.group = _bounded(lambda: _meet(address, timeout), timeout + _MARGIN, address)
         wires = {fd: inode for fd, inode in sockets().items() if before.get(fd) != inode}
@@ -85,18 +86,29 @@ class Gloo:
             alive=lambda: not lead_nowhere(to_store), server=None if address.agent_store else 0,
         )  # fmt: skip
 
-    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
-        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, t in sends)
+    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
+        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, strips in sends for t in strips)
         self.watch.at(label)
+        works = Works(self, label, receives)
         assert self.group is not None
-        works: list[Transfer] = []
-        for start, parcels in ((self.group.recv, receives), (self.group.send, sends)):
+        for start, parcels in ((self.group.recv, works.boxes), (self.group.send, sends)):
             for index, peer, tensor in _numbered(parcels):
                 try:
-                    works.append((peer, start([tensor], peer, _tag(label, index, tensor))))
+                    works.add(peer, start([tensor], peer, _tag(label, index, tensor)))
                 except RuntimeError as e:
                     raise self.broken(label, peer, e) from None
-        return Works(self, label, works)
+        return works
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def idle(self, tensor: Tensor) -> bool:
+        return True
+
+    def common(
+        self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
+    ) -> Common | None:  # fmt: skip
+        return None
 
     def note(self, mark: str) -> None:
         self.watch.note(mark)
@@ -150,14 +162,39 @@ class Gloo:
 class Works:
     """The transfers of one post."""
 
-    def __init__(self, carrier: Gloo, label: str, works: list[Transfer]) -> None:
-        self.carrier, self.label, self.works = carrier, label, works
+    def __init__(self, carrier: Gloo, label: str, receives: Sequence[Box]) -> None:
+        self.carrier, self.label = carrier, label
+        self.lent: list[Tensor] = []
+        self.boxes: list[tuple[int, Strips]] = [(peer, self._strips(box)) for peer, box in receives]
+        self.works: list[Transfer] = []
+        self.outcome: SimpleQueue[Lost | None] | None = None
 
-    def wait(self) -> None:
-        if not self.works:
-            return
+    def _strips(self, box: Strips | Like) -> Strips:
+        if not isinstance(box, Like):
+            return box
+        flat = self.carrier.spare.take(sum(box.sizes), box.dtype, box.device)
+        self.lent.append(flat)
+        return torch.split(flat, list(box.sizes))
+
+    def add(self, peer: int, work: dist.Work) -> None:
+        self.works.append((peer, work))
+
+    def _waited_for(self) -> SimpleQueue[Lost | None]:
+        if self.outcome is None:
+            self.outcome = self.carrier.waiter.wait_for(self.works)
+        return self.outcome
+
+    def ready(self) -> bool:
+        return not self.works or not self._waited_for().empty()
+
+    def wait(self) -> Sequence[Strips]:
+        if self.works:
+            self._wait()
+        return [strips for _, strips in self.boxes]
+
+    def _wait(self) -> None:
+        outcome = self._waited_for()
         with self.carrier.watch.waiting(self.label):
-            outcome = self.carrier.waiter.wait_for(self.works)
             lost, missed = None, None
             while lost is None:
                 with suppress(Empty):
@@ -172,13 +209,20 @@ class Works:
             raise self.carrier.broken(self.label, *lost)
         self.works = []
 
+    def release(self) -> None:
+        while self.lent:
+            self.carrier.spare.give(self.lent.pop())
+
 
 def _numbered(parcels: Sequence[Parcel]) -> list[tuple[int, int, Tensor]]:
+    """Every strip that travels, with its number among those of its peer."""
     seen = Counter[int]()
     out: list[tuple[int, int, Tensor]] = []
-    for peer, tensor in parcels:
-        out.append((seen[peer], peer, tensor))
-        seen[peer] += 1
+    for peer, strips in parcels:
+        for tensor in strips:
+            if tensor.numel():
+                out.append((seen[peer], peer, tensor))
+                seen[peer] += 1
     return out
 
 

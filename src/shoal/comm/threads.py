@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from shoal.comm.group import Parcel, Pending, current
+from shoal.comm.group import Box, Common, Like, Parcel, Pending, Strips, current
 from shoal.errors import PeerError, PeerLost, StalledError
 from shoal.random import get_states, set_states
 
@@ -26,10 +27,12 @@ Key = tuple[int, int, str]
 class Board:
     """Where ranks leave messages, and who has the baton."""
 
-    def __init__(self, size: int, seed: int | None) -> None:
+    def __init__(self, size: int, seed: int | None, *, common: bool) -> None:
+        self.common = common
         self.size, self.order = size, random.Random(seed) if seed is not None else None
         self.changed = threading.Condition()
-        self.mail: dict[Key, deque[Tensor]] = {}
+        self.mail: dict[Key, deque[Strips]] = {}
+        self.commons = 0
         self.wants: dict[int, Key | None] = dict.fromkeys(range(size))  # of living ranks; None: can run
         self.where, self.doing = [""] * size, ["starts"] * size
         self.holder = 0
@@ -48,7 +51,7 @@ class Board:
             self.deadlock = "\n".join(f"    rank {r}: '{where}' ({doing})" for r, (where, doing) in marks)
         self.changed.notify_all()
 
-    def receive(self, rank: int, key: Key) -> Tensor:
+    def receive(self, rank: int, key: Key) -> Strips:
         with self.changed:
             if not self.mail.get(key):
                 self.wants[rank] = key
@@ -85,13 +88,36 @@ class Threads:
         self.rank, self.size, self.board, self.sent = rank, board.size, board, Counter[str]()
         self.closed, self.failed = False, False
 
-    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Pending:
+    def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         self.board.where[self.rank] = label
-        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, t in sends)
-        for peer, tensor in sends:
-            key = (self.rank, peer, label)
-            self.board.mail.setdefault(key, deque()).append(tensor.detach().clone())
+        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, strips in sends for t in strips)
+        for peer, strips in sends:
+            self.mail((peer, label), [t.detach().clone() for t in strips if t.numel()])
         return Letters(self, label, receives)
+
+    def mail(self, to: tuple[int, str], strips: Strips) -> None:
+        self.board.mail.setdefault((self.rank, *to), deque()).append(strips)
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def idle(self, tensor: Tensor) -> bool:
+        return True
+
+    def common(
+        self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
+    ) -> Common | None:  # fmt: skip
+        if not self.board.common:
+            return None
+        if self.rank == ranks[0]:
+            self.board.commons += 1
+            letter = [torch.zeros(numel, dtype=dtype, device=device), torch.tensor(self.board.commons)]
+            for peer in ranks[1:]:
+                self.mail((peer, label), letter)
+        else:
+            letter = self.board.receive(self.rank, (ranks[0], self.rank, label))
+        number = int(letter[1])  # a later job's labels are the same
+        return Seen(self, f"common {number}", [r for r in ranks if r != self.rank], letter[0])
 
     def note(self, mark: str) -> None:
         self.board.doing[self.rank] = mark
@@ -109,25 +135,91 @@ class Threads:
 class Letters:
     """What one transfer still has to receive."""
 
-    def __init__(self, carrier: Threads, label: str, receives: Sequence[Parcel]) -> None:
+    def __init__(self, carrier: Threads, label: str, receives: Sequence[Box]) -> None:
         self.carrier, self.label, self.receives = carrier, label, receives
+        self.received: list[Strips] = []
 
-    def wait(self) -> None:
+    def ready(self) -> bool:
+        mail, me = self.carrier.board.mail, self.carrier.rank
+        wanted = Counter(peer for peer, _ in self.receives)
+        return all(len(mail.get((peer, me, self.label), ())) >= count for peer, count in wanted.items())
+
+    def wait(self) -> Sequence[Strips]:
         for peer, box in self.receives:
             letter = self.carrier.board.receive(self.carrier.rank, (peer, self.carrier.rank, self.label))
-            assert letter.shape == box.shape, f"{self.label}: {tuple(letter.shape)} came, {tuple(box.shape)} expected"
-            assert letter.dtype == box.dtype, f"{self.label}: {letter.dtype} came, {box.dtype} expected"
-            box.copy_(letter)
+            self._open(box, letter)
         self.receives = ()
+        return self.received
+
+    def _open(self, box: Strips | Like, letter: Strips) -> None:
+        there = [(t.numel(), t.dtype) for t in letter]
+        if isinstance(box, Like):
+            here = [(n, box.dtype) for n in box.sizes if n]
+        else:
+            here = [(t.numel(), t.dtype) for t in box if t.numel()]
+        assert there == here, f"{self.label}: {there} came, {here} expected"
+        if isinstance(box, Like):
+            waiting = iter(letter)
+            nothing = torch.empty(0, dtype=box.dtype, device=box.device)
+            self.received.append([next(waiting).view(-1) if n else nothing for n in box.sizes])
+            return
+        for mine, theirs in zip((t for t in box if t.numel()), letter, strict=True):
+            mine.copy_(theirs.view(mine.shape))
+        self.received.append(box)
+
+    def release(self) -> None:
+        return
 
 
-def run(size: int, rank_main: Callable[[int], T], *, seed: int | None = None) -> list[T]:
+class Seen:
+    """Memory that some ranks have in common. That a part is current travels as an empty letter."""
+
+    def __init__(self, carrier: Threads, label: str, peers: Sequence[int], data: Tensor) -> None:
+        self.carrier, self.label, self.data = carrier, label, data
+        self.published, self.heard = 0, dict.fromkeys(peers, 0)
+
+    def publish(self) -> None:
+        self.published += 1
+        for peer in self.heard:
+            self.carrier.mail((peer, self.label), ())
+
+    def current(self) -> Pending:
+        return Currency(self)
+
+
+class Currency:
+    """Until all have published as often as this rank."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen, self.count = seen, seen.published
+
+    def ready(self) -> bool:
+        seen = self.seen
+        mail, me = seen.carrier.board.mail, seen.carrier.rank
+        return all(n + len(mail.get((r, me, seen.label), ())) >= self.count for r, n in seen.heard.items())
+
+    def wait(self) -> Sequence[Strips]:
+        seen = self.seen
+        for peer in seen.heard:
+            while seen.heard[peer] < self.count:
+                seen.carrier.board.receive(seen.carrier.rank, (peer, seen.carrier.rank, seen.label))
+                seen.heard[peer] += 1
+        return ()
+
+    def release(self) -> None:
+        return
+
+
+def run(
+    size: int, rank_main: Callable[[int], T], *, seed: int | None = None, common: bool = False
+) -> list[T]:  # fmt: skip
     """Run `rank_main(rank)` in `size` threads, in each of which `shoal.init` finds its place.
 
     Args:
         size: number of ranks.
         rank_main: the program of one rank.
         seed: shuffle who runs next; None takes turns.
+        common: have ranks memory in common, as processes of one host can?
 
     Returns:
         What each rank returned.
@@ -135,7 +227,7 @@ def run(size: int, rank_main: Callable[[int], T], *, seed: int | None = None) ->
     Raises:
         Exception: the first rank's own error; that a peer is lost or stuck counts only if nobody had another.
     """
-    board, results, errors = Board(size, seed), dict[int, T](), dict[int, BaseException]()
+    board, results, errors = Board(size, seed, common=common), dict[int, T](), dict[int, BaseException]()
     states = get_states()
 
     def body(rank: int) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.group import Group
-from shoal.engine.sums import Pool, Sum, agree, drain, new_tree
+from shoal.comm.pool import Pool
+from shoal.engine.sums import Sum, agree, drain, even_bounds, finished, new_tree
 from shoal.engine.turns import Turns
 from shoal.leaves import Weighed
 
@@ -88,26 +89,25 @@ class Buffers:
         turns: Turns, rank: int, leaves: int,
     ) -> None:  # fmt: skip
         dtype = torch.float64 if wide else torch.float32
-        tree = new_tree(leaves, self.pool)
+        tree = new_tree(leaves)
         for leaf in turns.assignment[rank]:
             weight = turns.weights[leaf]
             made = results.get(leaf, self.start)  # a leaf that changed nothing ends where it began
             flat = torch.cat([made[i].reshape(-1).to(dtype) for i in at]) if weight else None
-            tree.put_leaf(leaf, Weighed(None) if flat is None else Weighed(Sum(flat), weight))
+            tree.put_leaf(leaf, Weighed(None) if flat is None else Weighed(Sum([flat]), weight))
         numel = sum(values[i].numel() for i in at)
         theirs = [turns.rank_holds(r) for r in range(self.world.size)]
         like = torch.empty(0, dtype=dtype, device=values[at[0]].device)
-        flow = agree(self.world, drain(tree), theirs, turns.total, leaves, self.pool, numel, like)
-        mean: Tensor | None = None
-        while True:
-            try:
-                next(flow).wait()
-            except StopIteration as done:
-                mean = done.value
-                break
-        if mean is not None:
-            for i, part in zip(at, _split(mean, [values[i].numel() for i in at]), strict=True):
+        bounds = even_bounds(0, numel, self.world.size)
+        runs = [(0, numel)]
+        mean = finished(
+            agree(self.world, bounds, runs, drain(tree), theirs, turns.total, leaves, self.pool, like)
+        )  # fmt: skip
+        if mean.strips is not None:
+            for i, part in zip(at, _split(mean.strips[0], [values[i].numel() for i in at]), strict=True):
                 values[i] = part.view(values[i].shape).to(values[i].dtype).clone()
+            if mean.flat is not None:
+                self.pool.give(mean.flat)
 
     def _take_last(self, values: list[Tensor], results: dict[int, list[Tensor]], turns: Turns) -> None:
         at = [i for i, b in enumerate(values) if not _floats(b)]

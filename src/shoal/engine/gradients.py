@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.group import Pending
+from shoal.comm.group import Common, Pending
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
+from shoal.comm.pool import Pool
 from shoal.engine.away import AwayGrad
 from shoal.engine.cells import local_gradient
 from shoal.engine.leaf import Leaf
 from shoal.engine.scale import LossScale, Overflow
-from shoal.engine.sums import Flow, Pool, Sum, Sums, agree, drain, new_tree, own, swap
+from shoal.engine.sums import Flow, Mean, Sum, Sums, agree, between, drain, even_bounds, keep, new_tree, own, swap
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.errors import OrderError
+from shoal.layout import Span
 from shoal.leaves import Weighed
 from shoal.rules import Moment, Op, Rules
 
@@ -58,14 +60,15 @@ class Gradients:
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
         self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
         self.flows: deque[tuple[Flow, Pending]] = deque()
-        self.results: dict[int, Tensor | None] = {}
+        self.results: dict[int, Mean] = {}
+        self.commons: dict[int, Common | None] = {}
         self._guard_pieces()
 
     def begin(self, turns: Turns) -> None:
         """A step begins."""
         self.turns = turns
-        self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs, self.pool) for u in self.units}
-        self.sums: dict[int, Sums] = {u: new_tree(turns.twigs, self.pool) for u in self.mine}
+        self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs) for u in self.units}
+        self.sums: dict[int, Sums] = {u: new_tree(turns.twigs) for u in self.mine}
         self.growing: dict[int, tuple[int, Weighed[Sum]]] = {}  # per unit: leaves so far of the twig, and their sum
         self.weights_known = -1
 
@@ -73,10 +76,11 @@ class Gradients:
     def nbytes(self) -> int:
         """Bytes of gradients, partial sums and buffers kept for them."""
         trees = [*self.mine.values(), *self.sums.values()]
-        waiting = [w.value.data for tree in trees for w in tree.nodes.values() if w.value]
-        waiting += [w.value.data for _, w in self.growing.values() if w.value]
-        done = [r for r in self.results.values() if r is not None]
-        return sum(t.nbytes for t in [*waiting, *done, *self.held.values()]) + self.pool.nbytes
+        waiting = [w.value for tree in trees for w in tree.nodes.values() if w.value]
+        waiting += [w.value for _, w in self.growing.values() if w.value]
+        strips = [t for found in waiting for t in found.strips]
+        strips += [t for mean in self.results.values() for t in mean.strips or ()]
+        return sum(t.nbytes for t in [*strips, *self.held.values()]) + self.pool.nbytes
 
     # ---------------------------------------------------------------- in a leaf
 
@@ -130,7 +134,7 @@ class Gradients:
         for name in grads:
             unit.params[name].grad = self.guards[name]
         if leaf.number is not None:
-            value = Sum(self._flat(unit, grads, leaf.number)) if leaf.weight else None
+            value = Sum(self._strips(unit, grads, leaf.number)) if leaf.weight else None
             self._put(unit, leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
         if self._last(leaf):
             for absent in self.turns.absent(self.mesh.cell):
@@ -151,23 +155,36 @@ class Gradients:
         grad = held if param.grad is self.guards[name] else param.grad
         return None if grad is None else local_gradient(grad, param)
 
-    def _flat(self, unit: Unit, grads: dict[str, Tensor], leaf: int) -> Tensor:
-        flat = self.pool.take(unit.numel, unit.dtypes.reduce, unit.device)
+    def _strips(self, unit: Unit, grads: dict[str, Tensor], leaf: int) -> list[Tensor]:
+        """A unit's gradients run by run: large ones as they are, small ones side by side."""
         with torch.no_grad():
-            for name, view in unit.views_of(flat).items():
-                grad = grads.get(name)
-                if grad is None:
-                    view.zero_()
-                else:
-                    view.copy_(grad)
+            strips = [self._strip(unit, grads, spans) for spans in unit.run_spans]
             if self.scale is not None:
-                flat.mul_(1 / self.scale.scale)
-                if not bool(flat.sum().isfinite()):
-                    self._overflows(unit, flat, leaf)
-        return flat
+                for strip in strips:
+                    strip.mul_(1 / self.scale.scale)
+                if not all(bool(strip.sum().isfinite()) for strip in strips):
+                    self._overflows(unit, strips, leaf)
+        return strips
 
-    def _overflows(self, unit: Unit, flat: Tensor, leaf: int) -> None:
-        bad = [s.name for s in unit.layout.spans if not bool(flat[s.start : s.stop].isfinite().all())]
+    def _strip(self, unit: Unit, grads: dict[str, Tensor], spans: Sequence[Span]) -> Tensor:
+        dtype, first = unit.dtypes.reduce, spans[0]
+        if len(spans) == 1 and first.name in grads:
+            return unit.as_it_lies(first.name, grads[first.name].detach()).reshape(-1).to(dtype)
+        strip = torch.zeros(spans[-1].stop - first.start, dtype=dtype, device=unit.device)
+        there = [s for s in spans if s.name in grads]
+        if there:
+            views = [strip[s.start - first.start : s.stop - first.start] for s in there]
+            flat = [unit.as_it_lies(s.name, grads[s.name].detach()).reshape(-1) for s in there]
+            torch._foreach_copy_(views, flat)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        return strip
+
+    def _overflows(self, unit: Unit, strips: Sequence[Tensor], leaf: int) -> None:
+        whole = Sum(strips)
+        bad = [
+            s.name
+            for s in unit.layout.spans
+            if not all(bool(t.isfinite().all()) for t in whole.between(unit.runs, s.start, s.stop))
+        ]
         if bad:
             found = Overflow(leaf, min(self.names.index(name) for name in bad))
             self.overflow = min(found, self.overflow or found)
@@ -195,10 +212,16 @@ class Gradients:
         return leaf.turn == self.turns.count - 1
 
     def _journey(self, unit: Unit, ops: Sequence[Op], turn: int) -> Flow:
+        """Inside a copy every owner gets its shard of all partial sums; then copies agree on the step's gradient."""
+        came: Pending | None = None
         if Op.REDUCE in ops:
-            yield from self._reduce(unit, turn)
+            came = yield from self._reduce(unit, turn)
         if Op.AGREE in ops:
-            yield from self._agree(unit)
+            yield from self._agree(unit, borrowed=came is not None)
+        else:
+            own(self.sums[unit.index])
+        if came is not None:
+            came.release()
 
     def _learn_weights(self, leaf: Leaf) -> None:
         """Once a turn: everybody hears the weights of everybody's leaves so far."""
@@ -226,29 +249,35 @@ class Gradients:
         if following is not None:
             self.flows.appendleft((flow, following))
 
-    def _reduce(self, unit: Unit, turn: int) -> Flow:
-        """Inside a copy: every owner gets its shard of all partial sums."""
+    def _reduce(self, unit: Unit, turn: int) -> Generator[Pending, None, Pending | None]:
         shard = self.mesh.shard
         mine, tree = drain(self.mine[unit.index]), self.sums[unit.index]
         first = self.mesh.cell - shard.rank
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
-        yield from swap(shard, "reduce", unit.layout.bounds, mine, theirs, tree, self.pool, like)
-        if shard.size > 1:
-            own(tree, self.pool)
-            for _, weighed in mine:
-                if weighed.value:
-                    self.pool.give(weighed.value.data)
+        return (yield from swap(shard, "reduce", unit.layout.bounds, unit.runs, mine, theirs, tree, like))
 
-    def _agree(self, unit: Unit) -> Flow:
-        """Across copies: the step's gradient of this shard."""
+    def _agree(self, unit: Unit, *, borrowed: bool) -> Flow:
+        """`borrowed`: the sums lie in memory that others lend us."""
         copies, turns = self.mesh.copies, self.turns
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
-        numel = unit.layout.shard_numel(unit.shard.rank)
+        start, stop = unit.mine.start, unit.mine.stop
+        runs = between(unit.runs, start, stop)
+        sums = drain(self.sums[unit.index])
+        if copies.size == 1 and borrowed:
+            tree = new_tree(turns.twigs)
+            for node, weighed in sums:
+                tree.put(node, weighed)
+            flat = self.pool.take(stop - start, like.dtype, like.device)
+            self.results[unit.index] = keep(tree.take(), turns.total, runs, start, flat, self.pool)
+            return
+        if unit.index not in self.commons:
+            self.commons[unit.index] = copies.common(stop - start, like.dtype, like.device)
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
+        bounds = even_bounds(start, stop, copies.size)
         self.results[unit.index] = yield from agree(
-            copies, drain(self.sums[unit.index]), theirs, turns.total, turns.twigs, self.pool, numel, like
+            copies, bounds, runs, sums, theirs, turns.total, turns.twigs, self.pool, like, self.commons[unit.index]
         )
 
     # ---------------------------------------------------------------- at the end of a step
@@ -256,22 +285,23 @@ class Gradients:
     def hand_out(self, touched: set[str]) -> None:
         """Give the pieces of the parameters in `touched` the step's gradients."""
         for unit in self.units:
-            shard = self.results.get(unit.index)
+            mean, start = self.results[unit.index], unit.mine.start
             unit.widen()
-            for p in unit.layout.pieces(unit.shard.rank):
+            for p in unit.owned:
                 piece = unit.pieces[p.name]
-                if shard is None or p.name not in touched:
+                if mean.strips is None or p.name not in touched:
                     piece.grad = None
                 else:
-                    piece.grad = shard[p.at : p.at + p.numel].view(piece.shape).to(piece.dtype)
+                    at = start + p.at
+                    piece.grad = mean.between(at, at + p.numel).view(piece.shape).to(piece.dtype)
 
     def forget(self) -> None:
         """The optimizer has stepped."""
         self._guard_pieces()
         self.overflow = None
-        for result in self.results.values():
-            if result is not None:
-                self.pool.give(result)
+        for mean in self.results.values():
+            if mean.flat is not None:
+                self.pool.give(mean.flat)
         self.results.clear()
 
     def _guard_pieces(self) -> None:

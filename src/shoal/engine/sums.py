@@ -10,40 +10,40 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Group, Pending
+from shoal.comm.group import Common, Group, Like, Pending, Strips
+from shoal.comm.pool import Pool
 from shoal.layout import ALIGN
 from shoal.leaves import Node, Tree, Weighed, weigh
 
 Flow = Generator[Pending, None, None]
 """Work that yields whenever it has to wait for the network."""
+Runs = Sequence[tuple[int, int]]
+"""Which parts of a unit's flat buffer have gradients: `(start, stop)`, ascending, without the padding between them."""
 
 
-class Pool:
-    """Buffers that are used again: filling fresh pages costs three times as much."""
-
-    def __init__(self) -> None:
-        self.free: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
-
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        waiting = self.free.get((numel, dtype, device))
-        return waiting.pop() if waiting else torch.empty(numel, dtype=dtype, device=device)
-
-    def give(self, buffer: Tensor) -> None:
-        waiting = self.free.setdefault((buffer.numel(), buffer.dtype, buffer.device), [])
-        if len(waiting) < 2:
-            waiting.append(buffer)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(b.nbytes for waiting in self.free.values() for b in waiting)
+def between(runs: Runs, start: int, stop: int) -> Runs:
+    """What of the runs lies in `start:stop`."""
+    return [(max(a, start), min(b, stop)) for a, b in runs if a < stop and b > start]
 
 
 @dataclass(slots=True)
 class Sum:
-    """A partial sum. `borrowed`: a view of somebody else's buffer, never written to."""
+    """A partial sum: one tensor for every run."""
 
-    data: Tensor
-    borrowed: bool = False
+    strips: Strips
+
+    def between(self, runs: Runs, start: int, stop: int) -> list[Tensor]:
+        """The strips of `between(runs, start, stop)`."""
+        return [
+            strip[max(start - a, 0) : min(stop, b) - a]
+            for strip, (a, b) in zip(self.strips, runs, strict=True)
+            if a < stop and b > start
+        ]
+
+
+def lying_in(flat: Tensor, runs: Runs, start: int = 0) -> list[Tensor]:
+    """The strips of a buffer that begins at `start`."""
+    return [flat[a - start : b - start] for a, b in runs]
 
 
 Sums = Tree[Weighed[Sum]]
@@ -51,21 +51,18 @@ Known = Sequence[tuple[Node, Weighed[bool]]]
 """Which partial sums somebody holds, without their values."""
 
 
-def new_tree(leaves: int, pool: Pool) -> Sums:
-    """A tree of gradients that reuses memory: sums are taken in place where the memory is ours."""
+def new_tree(leaves: int) -> Sums:
+    """A tree of gradients. Sums are taken in place."""
 
     def scale(x: Sum, weight: float) -> Sum:
-        return Sum(x.data * weight) if x.borrowed else Sum(x.data.mul_(weight))
+        for t in x.strips:
+            t.mul_(weight)
+        return x
 
     def add(left: Sum, right: Sum) -> Sum:
-        if not left.borrowed:
-            left.data.add_(right.data)
-            if not right.borrowed:
-                pool.give(right.data)
-            return left
-        if not right.borrowed:
-            return Sum(torch.add(left.data, right.data, out=right.data))
-        return Sum(left.data + right.data)
+        for a, b in zip(left.strips, right.strips, strict=True):
+            a.add_(b)
+        return left
 
     return Tree(leaves, weigh(scale, add))
 
@@ -90,80 +87,144 @@ def drain(tree: Sums) -> list[tuple[Node, Weighed[Sum]]]:
 
 
 def swap(
-    group: Group, verb: str, bounds: Sequence[int], mine: list[tuple[Node, Weighed[Sum]]],
-    theirs: Sequence[Known], tree: Sums, pool: Pool, like: Tensor,
-) -> Flow:  # fmt: skip
+    group: Group, verb: str, bounds: Sequence[int], runs: Runs, mine: list[tuple[Node, Weighed[Sum]]],
+    theirs: Sequence[Known], tree: Sums, like: Tensor,
+) -> Generator[Pending, None, Pending | None]:  # fmt: skip
     """Put everybody's partial sums of this member's part (`bounds`) into `tree`.
 
     Args:
-        mine: this member's, each over the whole of `bounds`. They may be given back to the pool afterwards.
+        runs: of all parts together.
+        mine: this member's, each over all runs.
         theirs: what each member has.
         like: dtype and device of what travels.
+
+    Returns:
+        The transfer, to be released when the tree has let go of what came with it (see `own`); None: nothing travelled.
     """
     me = group.rank
     if group.size == 1:
         for node, weighed in mine:
             tree.put(node, weighed)
-        return
-    numel = bounds[me + 1] - bounds[me]
-    parts = [[w.value.data[a:b] for _, w in mine if w.value] for a, b in pairwise(bounds)]
-    boxes = [
-        [] if r == me else [pool.take(numel, like.dtype, like.device) for _, w in has if w.value]
-        for r, has in enumerate(theirs)
-    ]
-    yield group.swap(verb, parts, boxes)
+        return None
+    parts = [[w.value.between(runs, a, b) for _, w in mine if w.value] for a, b in pairwise(bounds)]
+    own_runs = between(runs, bounds[me], bounds[me + 1])
+    box = Like(tuple(b - a for a, b in own_runs), like.dtype, like.device)
+    boxes = [[] if r == me else [box for _, w in has if w.value] for r, has in enumerate(theirs)]
+    pending = group.swap(verb, parts, boxes)
+    yield pending
+    came = iter(pending.wait())
     for r, has in enumerate(theirs):
-        values = iter(Sum(p, borrowed=True) for p in parts[me]) if r == me else iter(Sum(b) for b in boxes[r])
+        values = iter(parts[me]) if r == me else came
         for node, weighed in has:
-            tree.put(node, Weighed(next(values) if weighed.value else None, weighed.weight))
+            tree.put(node, Weighed(Sum(next(values)) if weighed.value else None, weighed.weight))
+    return pending
 
 
-def own(tree: Sums, pool: Pool) -> None:
-    """Copy what is still borrowed, so that the lender's buffer is free."""
+def own(tree: Sums) -> None:
+    """Copy all that waits in a tree, so that the memory it came in is free."""
     for node, weighed in tree.nodes.items():
-        if weighed.value and weighed.value.borrowed:
-            data = weighed.value.data
-            copy = pool.take(data.numel(), data.dtype, data.device)
-            tree.nodes[node] = Weighed(Sum(copy.copy_(data)), weighed.weight)
+        if weighed.value is not None:
+            tree.nodes[node] = Weighed(Sum([t.clone() for t in weighed.value.strips]), weighed.weight)
 
 
-def mean(total: Weighed[Sum], weights: float) -> Tensor | None:
-    """The step's gradient from the sum over all leaves. One leaf alone stays untouched; None: no leaf has weight."""
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The gradient of a step, over the part that somebody updates. `strips` None: no leaf had weight.
+
+    `flat`: the buffer of a pool that it lies in, if it does.
+    """
+
+    runs: Runs
+    strips: Strips | None
+    flat: Tensor | None = None
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """One stretch of it, which lies in one run."""
+        assert self.strips is not None
+        found = Sum(self.strips).between(self.runs, start, stop)
+        return found[0] if found else self.strips[0][:0]
+
+
+def mean(total: Weighed[Sum], weights: float, out: Strips | None = None) -> Strips | None:
+    """The step's gradient from the sum over all leaves. One leaf alone stays untouched; None: no leaf has weight.
+
+    Args:
+        total: the sum.
+        weights: of all leaves.
+        out: where to put it; None: in place.
+    """
     if total.value is None:
         return None
+    strips = total.value.strips
     if total.alone:
-        return total.value.data
-    data = total.value.data
-    out = torch.empty_like(data) if total.value.borrowed else data
-    if math.frexp(weights)[0] == 0.5:  # a power of two: multiplying is dividing, and one pass does all
-        return torch.add(torch.zeros((), dtype=data.dtype, device=data.device), data, alpha=1 / weights, out=out)
-    return torch.div(data, weights, out=out).add_(0.0)  # -0.0 becomes +0.0 in both
+        if out is None:
+            return strips
+        for target, strip in zip(out, strips, strict=True):
+            target.copy_(strip)
+        return out
+    out = strips if out is None else out
+    half = math.frexp(weights)[0] == 0.5  # a power of two: multiplying is dividing, and one pass does all
+    for target, data in zip(out, strips, strict=True):
+        if half:
+            zero = torch.zeros((), dtype=data.dtype, device=data.device)
+            torch.add(zero, data, alpha=1 / weights, out=target)
+        else:
+            torch.div(data, weights, out=target).add_(0.0)  # -0.0 becomes +0.0 in both
+    return out
 
 
-def even_bounds(numel: int, parts: int) -> list[int]:
-    """Cut `numel` elements into aligned parts, as equal as can be."""
-    blocks = -(-numel // ALIGN)
-    return [min(numel, blocks * i // parts * ALIGN) for i in range(parts)] + [numel]
+def even_bounds(start: int, stop: int, parts: int) -> list[int]:
+    """Cut `start:stop` into aligned parts, as equal as can be."""
+    blocks = -(-(stop - start) // ALIGN)
+    return [min(stop, start + blocks * i // parts * ALIGN) for i in range(parts)] + [stop]
+
+
+def keep(total: Weighed[Sum], weights: float, runs: Runs, start: int, flat: Tensor, pool: Pool) -> Mean:
+    """The step's gradient, in `flat`, which begins at `start`; back to the pool with it if there is none."""
+    strips = mean(total, weights, lying_in(flat, runs, start))
+    if strips is None:
+        pool.give(flat)
+        return Mean(runs, None)
+    return Mean(runs, strips, flat)
 
 
 def agree(
-    group: Group, mine: list[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known], weights: float,
-    leaves: int, pool: Pool, numel: int, like: Tensor,
-) -> Generator[Pending, None, Tensor | None]:  # fmt: skip
+    group: Group, bounds: Sequence[int], runs: Runs, mine: list[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known],
+    weights: float, leaves: int, pool: Pool, like: Tensor, common: Common | None = None,
+) -> Generator[Pending, None, Mean]:  # fmt: skip
     """The step's gradient on every member of `group`, from what each of them has summed up.
 
-    An all-reduce in a fixed order: everybody adds up one part of the `numel` elements and hands it to all.
+    An all-reduce in a fixed order: everybody adds up one part (`bounds`) and hands it to all.
+
+    Args:
+        common: memory of the whole group for the result, if there is.
     """
-    bounds = even_bounds(numel, group.size)
-    tree = new_tree(leaves, pool)
-    yield from swap(group, "agree", bounds, mine, theirs, tree, pool, like)
-    part = mean(tree.take(), weights)
-    if group.size == 1 or part is None:
-        return part
-    buffers = [w.value.data for _, w in mine if w.value]
-    whole = buffers[0] if buffers else pool.take(numel, like.dtype, like.device)
-    whole[bounds[group.rank] : bounds[group.rank + 1]].copy_(part)
-    yield group.gather("agree", whole, bounds)
-    for spare in buffers[1:]:
-        pool.give(spare)
-    return whole
+    start, stop, me = bounds[0], bounds[-1], group.rank
+    tree = new_tree(leaves)
+    pending = yield from swap(group, "agree", bounds, runs, mine, theirs, tree, like)
+    if pending is None:
+        return Mean(runs, mean(tree.take(), weights))
+    own_runs = between(runs, bounds[me], bounds[me + 1])
+    if common is not None:
+        whole = common.data[start:stop]
+        done = mean(tree.take(), weights, lying_in(whole, own_runs, start))
+        pending.release()
+        common.publish()
+        yield common.current()
+        return Mean(runs, None if done is None else lying_in(whole, runs, start))
+    whole = pool.take(stop - start, like.dtype, like.device)
+    part = keep(tree.take(), weights, own_runs, start, whole, pool)
+    pending.release()
+    if part.strips is None:  # on all members
+        return Mean(runs, None)
+    yield group.gather("agree", whole, [b - start for b in bounds])
+    return Mean(runs, lying_in(whole, runs, start), whole)
+
+
+def finished(flow: Generator[Pending, None, Mean]) -> Mean:
+    """Run it to its end."""
+    while True:
+        try:
+            next(flow).wait()
+        except StopIteration as done:
+            return done.value

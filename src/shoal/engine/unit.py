@@ -14,7 +14,7 @@ from shoal.engine.cells import local, spread
 from shoal.engine.precision import Dtypes
 from shoal.engine.rounding import round_into
 from shoal.errors import AwayError
-from shoal.layout import Interval, Layout
+from shoal.layout import Interval, Layout, Span
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +47,21 @@ def view_of(flat: Tensor, shape: Sequence[int], order: Sequence[int] | None) -> 
     return flat.view([shape[d] for d in order]).permute(back)
 
 
+LARGE = 2**16
+"""Elements of a parameter whose gradient is taken as it is, not copied beside others."""
+
+
+def _runs(spans: Sequence[Span]) -> list[list[Span]]:
+    """Large parameters apart, small ones that lie side by side together."""
+    runs: list[list[Span]] = []
+    for span in spans:
+        if runs and span.numel < LARGE and runs[-1][-1].numel < LARGE:
+            runs[-1].append(span)
+        elif span.numel:
+            runs.append([span])
+    return runs
+
+
 class Unit:
     """Parameters that travel together: one flat buffer to compute with, one shard to update.
 
@@ -63,6 +78,9 @@ class Unit:
         same = part.dtypes.compute == part.dtypes.master
         self.shard, self.resident = shard, resident or (shard.size == 1 and same)
         self.mine = self.layout.shard(shard.rank)
+        self.owned = tuple(self.layout.pieces(shard.rank))
+        self.run_spans = _runs(self.layout.spans)
+        self.runs = [(spans[0].start, spans[-1].stop) for spans in self.run_spans]
         self.device = next(iter(self.params.values())).device
         self.spread = frozenset(n for n, p in self.params.items() if spread(p))
         masters = self._flatten() if part.flat is None else part.flat.to(self.dtypes.master)
@@ -72,7 +90,7 @@ class Unit:
         self.views = self.views_of(self.whole)
         self.lent = self.whole
         self.wide: Tensor | None = None
-        self.pieces = {p.name: self._piece(p) for p in self.layout.pieces(shard.rank)}
+        self.pieces = {p.name: self._piece(p) for p in self.owned}
         self.holes = hole(self.dtypes.compute, len(self.params), self.device)
         self.here = True
         self.coming: Pending | None = None
@@ -116,14 +134,14 @@ class Unit:
     def narrow(self, seeds: Callable[[str], int]) -> None:
         """After it: round. `seeds` gives one per parameter."""
         if self.wide is not None:
-            for p in self.layout.pieces(self.shard.rank):
+            for p in self.owned:
                 part = slice(p.at, p.at + p.numel)
                 round_into(self.master[part], self.wide[part], seeds(p.name), p.start)
             self._set_pieces(self.master)
             self.wide = None
 
     def _set_pieces(self, flat: Tensor) -> None:
-        for p in self.layout.pieces(self.shard.rank):
+        for p in self.owned:
             piece = self.pieces[p.name]
             piece.grad = None
             piece.data = flat[p.at : p.at + p.numel].view(piece.shape)

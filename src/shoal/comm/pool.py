@@ -1,0 +1,43 @@
+"""Buffers that are used again: filling fresh pages costs three times as much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+KEPT = 2
+"""Buffers of one kind that wait to be used again."""
+
+Make = Callable[[int, torch.dtype, torch.device], Tensor]
+
+
+class Pool:
+    """One-dimensional buffers by size.
+
+    Args:
+        make: where new ones come from.
+        idle: may a buffer that was given back be overwritten? Others may still read it.
+    """
+
+    def __init__(self, make: Make | None = None, idle: Callable[[Tensor], bool] = lambda _buffer: True) -> None:
+        self.make: Make = make or (lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
+        self.idle = idle
+        self.free: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        waiting = self.free.get((numel, dtype, device), [])
+        for at, buffer in enumerate(waiting):
+            if self.idle(buffer):
+                return waiting.pop(at)
+        return self.make(numel, dtype, device)
+
+    def give(self, buffer: Tensor) -> None:
+        waiting = self.free.setdefault((buffer.numel(), buffer.dtype, buffer.device), [])
+        if len(waiting) < KEPT:
+            waiting.append(buffer)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for waiting in self.free.values() for b in waiting)
