@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from shoal.comm.meet import Want
 from shoal.engine.binding import Binding
 from shoal.engine.unit import Unit
 from shoal.errors import OrderError
@@ -55,7 +56,9 @@ class Average:
     @contextmanager
     def whole(self) -> Generator[None]:
         """Inside, the model has the averaged weights, whole on every rank. Collective."""
-        units = self.binding.engine.units
+        engine = self.binding.engine
+        engine.meeting.meet(Want.WHOLE, 4, model=engine.number)  # nobody uses the weights any more
+        units = engine.units
         weights = {unit.index: unit.master.clone() for unit in units}
         for unit in units:
             _put(unit, self.pieces)

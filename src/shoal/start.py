@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.comm.group import Carrier, current
+from shoal.comm.host import join_host
 from shoal.comm.meter import Alone
 from shoal.comm.pairwise import Address, Gloo
 from shoal.launch.place import find_place
@@ -64,8 +65,13 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
     )
 
 
-def find_carrier(timeout: float) -> tuple[Carrier, Seat]:
-    """This rank's place and what connects it to the others."""
+def find_carrier(timeout: float, kind: str = "auto") -> tuple[Carrier, Seat]:
+    """This rank's place and what connects it to the others.
+
+    Args:
+        timeout: seconds for the others to come, and of waits.
+        kind: "gloo": TCP alone; "shared": memory within hosts, TCP between them; "auto": that where it can be had.
+    """
     given = current.get()
     if given is not None:
         return given, Seat(given.size, own_process=False)
@@ -76,4 +82,5 @@ def find_carrier(timeout: float) -> tuple[Carrier, Seat]:
     if place.world == 1:
         return Alone(), seat
     address = Address(place.rank, place.world, place.host, place.port, place.agent_store, place.attempt)
-    return Gloo(address, timeout=timeout, report=warn), seat
+    gloo = Gloo(address, timeout=timeout, report=warn)
+    return (gloo if kind == "gloo" else join_host(gloo, wanted=kind == "shared")), seat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +12,14 @@ from shoal.comm.threads import run
 from shoal.start import find_carrier
 from tests.pool import Pool
 
-KINDS = ("threads", "gloo")
+KINDS = ("threads", "gloo", "shared")
 TIMEOUT = 3.0
 
 
 @contextmanager
 def joined(timeout: float = TIMEOUT) -> Iterator[Carrier]:
-    carrier, _ = find_carrier(timeout)
+    """This rank's carrier, of the kind that `on` was asked for."""
+    carrier, _ = find_carrier(timeout, os.environ.get("KIND", "gloo"))
     try:
         yield carrier
     finally:
@@ -32,4 +34,9 @@ def on(kind: str, pool: Pool, program: Callable[..., Any], *arguments: object, w
     """Run a function at the top of a module on every rank."""
     if kind == "threads":
         return run(world, lambda _rank: program(*arguments))
-    return pool.run(program, *arguments, world=world, timeout=20)
+    return pool.run(_of_kind, kind, program, *arguments, world=world, timeout=20)
+
+
+def _of_kind(kind: str, program: Callable[..., Any], *arguments: object) -> Any:
+    os.environ["KIND"] = kind  # of a worker, which has an environment of its own for every call
+    return program(*arguments)

@@ -121,7 +121,9 @@ def epoch(
     return losses
 
 
-def on_threads(world: int, strategy: str | Strategy, *, order: int | None = None, **kw: object) -> Outcome:
-    result = run(world, trainer(strategy, **kw), seed=order)[0]
+def on_threads(
+    world: int, strategy: str | Strategy, *, order: int | None = None, common: bool = False, **kw: object
+) -> Outcome:
+    result = run(world, trainer(strategy, **kw), seed=order, common=common)[0]
     assert result is not None
     return result

@@ -33,17 +33,21 @@ def program(strategy: Strategy, leaves: int, precision: str) -> Callable[[int], 
     return rank_main
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("leaves", [3, 4])
 @pytest.mark.parametrize("ranks_per_copy", [None, 2])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_bytes_equal_the_measured_ones(name: str, ranks_per_copy: int | None, leaves: int, precision: str) -> None:
+def test_bytes_equal_the_measured_ones(
+    name: str, ranks_per_copy: int | None, leaves: int, precision: str, shared: bool
+) -> None:
     """Three ranks, or two copies of two; ranks with unequal numbers of leaves among them."""
     if name == "ddp" and ranks_per_copy:
         ranks_per_copy = 1
     strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
     world = 4 if ranks_per_copy == 2 else 3
-    measured = run(world, program(strategy, leaves, precision))
-    predicted = [dry_run(rank, world, program(strategy, leaves, precision)) for rank in range(world)]
+    measured = run(world, program(strategy, leaves, precision), common=shared)
+    predicted = [dry_run(r, world, program(strategy, leaves, precision), shared=shared) for r in range(world)]
     assert predicted == measured
     assert all(sum(m.values()) > 10_000 for m in measured)
+    assert all(("gather" in m) != (shared or name == "ddp") for m in measured) or name in ("zero1", "zero2")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
+import torch
+from torch import nn
 
 from shoal.strategy import Cut, Shard, Strategy
 from tests.equivalence.models import Outcome, adamw, on_threads, sgd
@@ -20,16 +23,19 @@ def one_process(leaves: int, optimizer: str, precision: str) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, precision=precision, make_optimizer=OPTIMIZERS[optimizer])
 
 
+@pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("leaves", [4, 12])
 @pytest.mark.parametrize(("name", "world", "ranks_per_copy"), GRID)
 def test_equals_one_process(
-    name: str, world: int, ranks_per_copy: int | None, leaves: int, optimizer: str, precision: str
+    name: str, world: int, ranks_per_copy: int | None, leaves: int, optimizer: str, precision: str, common: bool
 ) -> None:
+    """`common`: ranks share memory, as on one host."""
     strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    make = OPTIMIZERS[optimizer]
     got = on_threads(
-        world, strategy, leaves=leaves, precision=precision, make_optimizer=OPTIMIZERS[optimizer], order=world
+        world, strategy, leaves=leaves, precision=precision, make_optimizer=make, order=world, common=common
     )
     assert got == one_process(leaves, optimizer, precision)
 
@@ -53,6 +59,47 @@ def test_cuts_and_overlap_change_nothing(name: str, cut: Cut, overlap: bool) -> 
 @pytest.mark.parametrize("order", range(5))
 def test_who_runs_first_changes_nothing(order: int) -> None:
     assert on_threads(4, "zero3", leaves=4, order=order) == one_process(4, "adamw", "float32")
+
+
+class Doubles(torch.optim.SGD):
+    """Writes to the gradients that it is given."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(2)
+        super().step()
+
+
+def doubled(model: nn.Module) -> torch.optim.Optimizer:
+    return Doubles(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def several(model: nn.Module) -> torch.optim.Optimizer:
+    """With `foreach`, torch adds the momentum to the gradients themselves."""
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, foreach=True)
+
+
+def hooked(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = sgd(model)
+
+    def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.clamp_(-1e-3, 1e-3).mul_(0.5)
+
+    optimizer.register_step_pre_hook(before)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [doubled, several, hooked])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_updates_that_write_to_gradients(name: str, make: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    """Each rank its own, even where the step's gradient lies in memory of them all."""
+    want = on_threads(1, "ddp", leaves=4, make_optimizer=make)
+    assert on_threads(2, name, leaves=4, make_optimizer=make, common=True) == want
 
 
 def test_leaves_are_part_of_the_numbers() -> None:

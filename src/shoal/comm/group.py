@@ -81,8 +81,16 @@ class Carrier(Protocol):
     rank: int
     size: int
     sent: Counter[str]  # bytes, by the first word of the label
-    closed: bool  # the job is over
-    failed: bool  # this rank or its connections have failed: there is nobody to say goodbye to
+
+    @property
+    def closed(self) -> bool:
+        """The job is over."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """This rank or its connections have failed: there is nobody to say goodbye to."""
+        ...
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         """Start a transfer. `label` must be equal on both sides, and differs from that of any other under way."""
@@ -157,15 +165,23 @@ class Group:
         self.rank, self.size = self.ranks.index(carrier.rank), len(self.ranks)
         self._count = 0
 
-    def swap(self, verb: str, sends: Sequence[Sequence[Strips]], receives: Sequence[Sequence[Strips | Like]]) -> Pending:
+    def swap(
+        self, verb: str, sends: Sequence[Sequence[Strips]], receives: Sequence[Sequence[Strips | Like]], key: str = ""
+    ) -> Pending:
         """Send all of `sends[r]` to each member r and fill `receives[r]` from it; nothing for oneself.
 
         Both sides must agree on number and sizes. Empty tensors do not travel.
 
+        Args:
+            verb: what the bytes are counted under.
+            key: what members know this transfer by, if they may begin it in another order than others.
+
         Raises:
             OrderError: the job is closed.
         """
-        self._count += 1
+        if not key:
+            self._count += 1
+            key = f"#{self._count}"
         if self.size == 1:
             return Done()
         if self.carrier.closed:
@@ -174,15 +190,15 @@ class Group:
                 remedy="do this before job.close(), or inside `with shoal.init(...) as job:`",
             )
         return self.carrier.post(
-            f"{verb} {self.name} #{self._count}",
+            f"{verb} {self.name} {key}",
             [(self.ranks[r], strips) for r, parcels in enumerate(sends) if r != self.rank for strips in parcels],
             [(self.ranks[r], box) for r, boxes in enumerate(receives) if r != self.rank for box in boxes],
         )
 
-    def gather(self, verb: str, flat: Tensor, bounds: Sequence[int]) -> Pending:
+    def gather(self, verb: str, flat: Tensor, bounds: Sequence[int], key: str = "") -> Pending:
         """Member r has filled `flat[bounds[r]:bounds[r + 1]]`; afterwards everybody has all of it."""
         parts = [flat[a:b] for a, b in pairwise(bounds)]
-        return self.swap(verb, [[[parts[self.rank]]]] * self.size, [[[part]] for part in parts])
+        return self.swap(verb, [[[parts[self.rank]]]] * self.size, [[[part]] for part in parts], key)
 
     def common(self, numel: int, dtype: torch.dtype, device: torch.device) -> Common | None:
         """Zeros that all members see; None where they have no memory in common, or nobody to have it with. Collective."""

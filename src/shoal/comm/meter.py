@@ -18,9 +18,11 @@ class Meter:
 
     Args:
         rank, size: whose bytes are counted, and among how many.
+        shared: are they on one host whose memory they share?
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, *, shared: bool = False) -> None:
+        self.shared = shared
         self.rank, self.size, self.sent = rank, size, Counter[str]()
         self.closed, self.failed = False, False
 
@@ -43,7 +45,7 @@ class Meter:
     def common(
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
-        return None
+        return Imagined(numel, dtype, device) if self.shared else None
 
     def note(self, mark: str) -> None:
         return
@@ -58,15 +60,31 @@ class Meter:
         self.closed = True
 
 
-def dry_run(rank: int, size: int, rank_main: Callable[[int], object]) -> dict[str, int]:
+class Imagined:
+    """Memory that all ranks see, if there were any others."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.data = torch.zeros(numel, dtype=dtype, device=device)
+
+    def publish(self) -> None:
+        return
+
+    def current(self) -> Pending:
+        return Done()
+
+
+def dry_run(
+    rank: int, size: int, rank_main: Callable[[int], object], *, shared: bool = False
+) -> dict[str, int]:  # fmt: skip
     """Count what a program would send, by verb, without a network or values.
 
     Args:
         rank, size: whose bytes, and among how many ranks.
         rank_main: the program of one rank, as for `threads.run`. In it `job.device` is "meta": models and batches that
             are moved there have shapes and no values.
+        shared: do all ranks share the memory of one host?
     """
-    meter = Meter(rank, size)
+    meter = Meter(rank, size, shared=shared)
     context = copy_context()
     context.run(current.set, meter)
     states = get_states()

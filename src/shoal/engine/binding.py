@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shoal.comm.meet import Want
+from shoal.engine import optim
 from shoal.engine.engine import Engine
 from shoal.engine.hooks import Handle
 from shoal.engine.norm import global_norm, norms
@@ -70,6 +71,7 @@ class Binding:
         for optimizer in self.optimizers:
             self._bind(optimizer)
         engine.before_open = self.finish
+        engine.grads_written = lambda: any(optim.writes_gradients(o) for o in self.optimizers)
         for optimizer in self.optimizers:
             if isinstance(optimizer, NeedsNorms):
                 optimizer.norms = self._norms
@@ -135,11 +137,8 @@ class Binding:
             return math.inf
         norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh)
         scale = min(max_norm / (norm + 1e-6), 1.0)  # in this order NaN stays NaN, as in torch
-        with torch.no_grad():
-            for unit in engine.units:
-                for piece in unit.pieces.values():
-                    if piece.grad is not None:
-                        piece.grad.mul_(scale)
+        if scale != 1.0:
+            engine.gradients.multiply(scale)
         return norm
 
     def _norms(self, values: Mapping[Tensor, Sequence[Tensor]]) -> dict[Tensor, list[float]]:
@@ -200,6 +199,7 @@ class Binding:
         try:
             yield
             if write:
+                engine.meeting.meet(Want.WHOLE, 3, model=engine.number)  # all have got what they were lent
                 for unit in engine.units:
                     unit.keep_written()
         finally:

@@ -68,6 +68,7 @@ class Engine:
         self.seed = 0
         self.say: Callable[[str], None] = lambda _text: None
         self.before_open: Callable[[], None] = lambda: None
+        self.grads_written: Callable[[], bool] = lambda: True  # may whoever updates write to gradients?
         self.buffers = Buffers(model, mesh.data)
         self.on_open: Callable[[Engine, Leaf], None] = lambda _engine, _leaf: None
 
@@ -274,7 +275,7 @@ class Engine:
             overflows += [(overflow, rank)] if overflow.leaf >= 0 else []
         self.overflow = min(overflows, default=None)
         touched = {n for i, n in enumerate(names) if everyone >> i & 1}
-        self.gradients.hand_out(touched if self.overflow is None else set())
+        self.gradients.hand_out(touched if self.overflow is None else set(), apart=self.grads_written())
         if everyone >> len(names):
             self.buffers.settle(self.turns)
         self.settled = True
@@ -286,6 +287,7 @@ class Engine:
         self._rescale()
         for unit in self.units:
             if unit.trainable:
+                unit.updated()
                 self.at(Moment.AFTER_UPDATE, unit)
         for unit in self.units:
             unit.wait()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections import deque
 from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,17 @@ from shoal.layout import Span
 from shoal.leaves import Weighed
 from shoal.rules import Moment, Op, Rules
 
-IN_FLIGHT = 2
-"""Reductions under way at the same time."""
+IN_FLIGHT = 2**27
+"""Bytes of gradients under way at the same time."""
+
+
+@dataclass(slots=True, eq=False)
+class Journey:
+    """A unit's gradients on their way. `nbytes`: of the whole unit."""
+
+    flow: Flow
+    pending: Pending
+    nbytes: int
 
 
 class Gradients:
@@ -59,9 +68,10 @@ class Gradients:
         self.piece_guards = [(p, AwayGrad(p, n)) for u in self.units for n, p in u.pieces.items()]
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
         self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
-        self.flows: deque[tuple[Flow, Pending]] = deque()
+        self.flows: list[Journey] = []
         self.results: dict[int, Mean] = {}
         self.commons: dict[int, Common | None] = {}
+        self.in_common = False  # may pieces have gradients that lie in memory of several ranks?
         self._guard_pieces()
 
     def begin(self, turns: Turns) -> None:
@@ -196,28 +206,46 @@ class Gradients:
         last = self._last(leaf)
         ops = [r.op for r in self.rules if last or not r.last]
         self._learn_weights(leaf)
-        flow = self._journey(unit, ops, leaf.turn)
+        flow = self._journey(unit, ops, leaf)
         first = next(flow, None)
         if first is not None:
-            self.flows.append((flow, first))
-        while len(self.flows) > IN_FLIGHT:
-            self._continue()
+            self.flows.append(Journey(flow, first, unit.numel * unit.dtypes.reduce.itemsize))
+        while sum(j.nbytes for j in self.flows) > IN_FLIGHT and len(self.flows) > 1:
+            self._continue(self.flows[0])
+
+    def progress(self) -> None:
+        """Bring everything as far as it gets without waiting."""
+        for journey in list(self.flows):
+            while journey in self.flows and journey.pending.ready():
+                self._continue(journey)
 
     def finish(self) -> None:
         """Wait for all that is under way."""
         while self.flows:
-            self._continue()
+            self.progress()
+            if self.flows:
+                self._continue(self.flows[0])
+
+    def _continue(self, journey: Journey) -> None:
+        """Bring a journey one stage further."""
+        journey.pending.wait()
+        following = next(journey.flow, None)
+        if following is None:
+            self.flows.remove(journey)
+        else:
+            journey.pending = following
 
     def _last(self, leaf: Leaf) -> bool:
         return leaf.turn == self.turns.count - 1
 
-    def _journey(self, unit: Unit, ops: Sequence[Op], turn: int) -> Flow:
+    def _journey(self, unit: Unit, ops: Sequence[Op], leaf: Leaf) -> Flow:
         """Inside a copy every owner gets its shard of all partial sums; then copies agree on the step's gradient."""
         came: Pending | None = None
+        key = f"unit {unit.index} turn {leaf.serial}"  # each rank goes on as soon as it can
         if Op.REDUCE in ops:
-            came = yield from self._reduce(unit, turn)
+            came = yield from self._reduce(unit, leaf.turn, key)
         if Op.AGREE in ops:
-            yield from self._agree(unit, borrowed=came is not None)
+            yield from self._agree(unit, key, borrowed=came is not None)
         else:
             own(self.sums[unit.index])
         if came is not None:
@@ -241,24 +269,16 @@ class Gradients:
             theirs = turns.of(self.mesh.cell_of(rank))
             turns.learn(dict(zip(theirs, struct.unpack_from(f"<{len(theirs)}d", answer), strict=True)))
 
-    def _continue(self) -> None:
-        """Bring the oldest transfer one stage further."""
-        flow, pending = self.flows.popleft()
-        pending.wait()
-        following = next(flow, None)
-        if following is not None:
-            self.flows.appendleft((flow, following))
-
-    def _reduce(self, unit: Unit, turn: int) -> Generator[Pending, None, Pending | None]:
+    def _reduce(self, unit: Unit, turn: int, key: str) -> Generator[Pending, None, Pending | None]:
         shard = self.mesh.shard
         mine, tree = drain(self.mine[unit.index]), self.sums[unit.index]
         first = self.mesh.cell - shard.rank
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
-        return (yield from swap(shard, "reduce", unit.layout.bounds, unit.runs, mine, theirs, tree, like))
+        return (yield from swap(shard, "reduce", unit.layout.bounds, unit.runs, mine, theirs, tree, like, key))
 
-    def _agree(self, unit: Unit, *, borrowed: bool) -> Flow:
+    def _agree(self, unit: Unit, key: str, *, borrowed: bool) -> Flow:
         """`borrowed`: the sums lie in memory that others lend us."""
         copies, turns = self.mesh.copies, self.turns
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
@@ -277,13 +297,18 @@ class Gradients:
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
         bounds = even_bounds(start, stop, copies.size)
         self.results[unit.index] = yield from agree(
-            copies, bounds, runs, sums, theirs, turns.total, turns.twigs, self.pool, like, self.commons[unit.index]
+            copies, bounds, runs, sums, theirs, turns.total, turns.twigs, self.pool, like, self.commons[unit.index], key
         )
 
     # ---------------------------------------------------------------- at the end of a step
 
-    def hand_out(self, touched: set[str]) -> None:
-        """Give the pieces of the parameters in `touched` the step's gradients."""
+    def hand_out(self, touched: set[str], *, apart: bool) -> None:
+        """Give the pieces of the parameters in `touched` the step's gradients.
+
+        Args:
+            apart: none may lie in memory of several ranks: whoever updates might write to them.
+        """
+        self.in_common = not apart
         for unit in self.units:
             mean, start = self.results[unit.index], unit.mine.start
             unit.widen()
@@ -293,7 +318,21 @@ class Gradients:
                     piece.grad = None
                 else:
                     at = start + p.at
-                    piece.grad = mean.between(at, at + p.numel).view(piece.shape).to(piece.dtype)
+                    grad = mean.between(at, at + p.numel).view(piece.shape)
+                    piece.grad = grad.clone() if apart and mean.common is not None else grad.to(piece.dtype)
+
+    def multiply(self, factor: float) -> None:
+        """All gradients that were handed out. Collective."""
+        together = [m for m in self.results.values() if m.common is not None and self.in_common]
+        parts = [t for mean in together for t in mean.own]  # every rank its own, when nobody reads them
+        for unit in self.units:
+            if self.results[unit.index] not in together:
+                parts += [piece.grad for piece in unit.pieces.values() if piece.grad is not None]
+        _meet_in(together)
+        with torch.no_grad():
+            for part in parts:
+                part.mul_(factor)
+        _meet_in(together)
 
     def forget(self) -> None:
         """The optimizer has stepped."""
@@ -308,6 +347,15 @@ class Gradients:
         """Pieces have gradients from the end of a step's last leaf to the update only."""
         for piece, guard in self.piece_guards:
             piece.grad = guard
+
+
+def _meet_in(means: Sequence[Mean]) -> None:
+    """Until all ranks have come here."""
+    commons = [mean.common for mean in means if mean.common is not None]
+    for common in commons:
+        common.publish()
+    for common in commons:
+        common.current().wait()
 
 
 def _not_zeroed(name: str) -> OrderError:

@@ -32,6 +32,18 @@ _ELEMENTWISE = frozenset(
 """torch's own whose update of an element reads nothing of its neighbours."""
 
 
+_LEAVE_GRADIENTS = frozenset(
+    (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop)
+)
+
+
+def writes_gradients(optimizer: Optimizer) -> bool:
+    """Might its `step()` write to gradients? torch's own may where they take many tensors at once."""
+    hooks = (getattr(optimizer, f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
+    several = any(group.get("foreach") for group in optimizer.param_groups)
+    return type(optimizer) not in _LEAVE_GRADIENTS or several or any(hooks)
+
+
 def granule(optimizer: Optimizer, elementwise: bool | None) -> int:
     """At which multiples of elements the optimizer's parameters may be cut; 0: nowhere.
 

@@ -140,6 +140,7 @@ class Presence:
             return
         while (entry := leaf.cursor.next) and entry.act is Act.REDUCE and entry.unit in leaf.done:
             self.advance()
+        self.gradients.progress()
         self._prefetch()
 
     def _prefetch(self) -> None:

@@ -88,7 +88,7 @@ def drain(tree: Sums) -> list[tuple[Node, Weighed[Sum]]]:
 
 def swap(
     group: Group, verb: str, bounds: Sequence[int], runs: Runs, mine: list[tuple[Node, Weighed[Sum]]],
-    theirs: Sequence[Known], tree: Sums, like: Tensor,
+    theirs: Sequence[Known], tree: Sums, like: Tensor, key: str = "",
 ) -> Generator[Pending, None, Pending | None]:  # fmt: skip
     """Put everybody's partial sums of this member's part (`bounds`) into `tree`.
 
@@ -97,6 +97,7 @@ def swap(
         mine: this member's, each over all runs.
         theirs: what each member has.
         like: dtype and device of what travels.
+        key: see `Group.swap`.
 
     Returns:
         The transfer, to be released when the tree has let go of what came with it (see `own`); None: nothing travelled.
@@ -110,7 +111,7 @@ def swap(
     own_runs = between(runs, bounds[me], bounds[me + 1])
     box = Like(tuple(b - a for a, b in own_runs), like.dtype, like.device)
     boxes = [[] if r == me else [box for _, w in has if w.value] for r, has in enumerate(theirs)]
-    pending = group.swap(verb, parts, boxes)
+    pending = group.swap(verb, parts, boxes, key)
     yield pending
     came = iter(pending.wait())
     for r, has in enumerate(theirs):
@@ -127,16 +128,19 @@ def own(tree: Sums) -> None:
             tree.nodes[node] = Weighed(Sum([t.clone() for t in weighed.value.strips]), weighed.weight)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mean:
     """The gradient of a step, over the part that somebody updates. `strips` None: no leaf had weight.
 
-    `flat`: the buffer of a pool that it lies in, if it does.
+    `flat`: the buffer of a pool that it lies in, if it does. `common`: memory of several ranks that it lies in, of
+    which this one has filled `own`.
     """
 
     runs: Runs
     strips: Strips | None
     flat: Tensor | None = None
+    common: Common | None = None
+    own: Strips = ()
 
     def between(self, start: int, stop: int) -> Tensor:
         """One stretch of it, which lies in one run."""
@@ -191,6 +195,7 @@ def keep(total: Weighed[Sum], weights: float, runs: Runs, start: int, flat: Tens
 def agree(
     group: Group, bounds: Sequence[int], runs: Runs, mine: list[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known],
     weights: float, leaves: int, pool: Pool, like: Tensor, common: Common | None = None,
+    key: str = "",
 ) -> Generator[Pending, None, Mean]:  # fmt: skip
     """The step's gradient on every member of `group`, from what each of them has summed up.
 
@@ -198,26 +203,27 @@ def agree(
 
     Args:
         common: memory of the whole group for the result, if there is.
+        key: see `Group.swap`.
     """
     start, stop, me = bounds[0], bounds[-1], group.rank
     tree = new_tree(leaves)
-    pending = yield from swap(group, "agree", bounds, runs, mine, theirs, tree, like)
+    pending = yield from swap(group, "agree", bounds, runs, mine, theirs, tree, like, key)
     if pending is None:
         return Mean(runs, mean(tree.take(), weights))
     own_runs = between(runs, bounds[me], bounds[me + 1])
     if common is not None:
-        whole = common.data[start:stop]
+        whole = common.data
         done = mean(tree.take(), weights, lying_in(whole, own_runs, start))
         pending.release()
         common.publish()
         yield common.current()
-        return Mean(runs, None if done is None else lying_in(whole, runs, start))
+        return Mean(runs, None if done is None else lying_in(whole, runs, start), common=common, own=done or ())
     whole = pool.take(stop - start, like.dtype, like.device)
     part = keep(tree.take(), weights, own_runs, start, whole, pool)
     pending.release()
     if part.strips is None:  # on all members
         return Mean(runs, None)
-    yield group.gather("agree", whole, [b - start for b in bounds])
+    yield group.gather("agree", whole, [b - start for b in bounds], key and f"{key} whole")
     return Mean(runs, lying_in(whole, runs, start), whole)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.group import Group, Pending
+from shoal.comm.group import Common, Group, Pending
 from shoal.engine.away import hole, untouched
 from shoal.engine.cells import local, spread
 from shoal.engine.precision import Dtypes
@@ -84,9 +84,12 @@ class Unit:
         self.device = next(iter(self.params.values())).device
         self.spread = frozenset(n for n, p in self.params.items() if spread(p))
         masters = self._flatten() if part.flat is None else part.flat.to(self.dtypes.master)
-        self.whole = masters if same else masters.to(self.dtypes.compute)
-        keeps = masters[self.mine]
-        self.master = keeps if same and self.resident else keeps.clone()
+        self.common: Common | None = None
+        if not self.resident:
+            self.common = shard.common(self.numel, self.dtypes.compute, self.device)
+        self.whole = self._place(masters, same=same)
+        keeps = (self.whole if same else masters)[self.mine]
+        self.master = keeps if same and (self.resident or self.common) else keeps.clone()
         self.views = self.views_of(self.whole)
         self.lent = self.whole
         self.wide: Tensor | None = None
@@ -97,6 +100,16 @@ class Unit:
         self._show(self.views)
         if not self.resident:
             self.free()
+
+    def _place(self, masters: Tensor, *, same: bool) -> Tensor:
+        """The whole, where it will stay."""
+        if self.common is not None:
+            self.common.data[self.mine].copy_(masters[self.mine])
+            self.common.publish()
+            return self.common.data
+        if self.shard.size == 1:
+            return masters if same else masters.to(self.dtypes.compute)
+        return self.shard.carrier.empty(self.numel, self.dtypes.compute, self.device).copy_(masters)
 
     def __repr__(self) -> str:
         return f"unit {self.index} '{self.name}'"
@@ -176,14 +189,27 @@ class Unit:
         """Start to bring the whole together. `wait` makes it usable."""
         if self.coming is not None:
             self.wait()
+        if self.common is not None:
+            self.coming = self.common.current()
+            return
         storage = self.whole.untyped_storage()
         if storage.nbytes() == 0:
             storage.resize_(self.whole.numel() * self.whole.element_size())
+        self._fill()
+        self.coming = self.shard.gather("gather", self.whole.detach(), self.layout.bounds)
+
+    def _fill(self) -> None:
+        """This rank's part of the whole, from the masters."""
         mine = self.whole[self.mine]
         if mine.data_ptr() != self.master.data_ptr() or mine.is_meta:
             with torch.no_grad():
                 mine.copy_(self.master)
-        self.coming = self.shard.gather("gather", self.whole.detach(), self.layout.bounds)
+
+    def updated(self) -> None:
+        """The masters have new values, on all ranks."""
+        if self.common is not None:
+            self._fill()
+            self.common.publish()
 
     def wait(self) -> None:
         """Finish a gather: the user's parameters have their values."""
@@ -203,7 +229,8 @@ class Unit:
             self.wait()
         self.here = False
         self._show({n: h.expand(self.params[n].shape) for n, h in zip(self.params, self.holes.unbind(), strict=True)})
-        self.whole.untyped_storage().resize_(0)
+        if self.common is None:
+            self.whole.untyped_storage().resize_(0)
 
     def lend(self) -> None:
         """Show the whole to the user, in memory that stays valid for whoever keeps a reference to it. Collective."""
@@ -211,7 +238,11 @@ class Unit:
             flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=self.device)
             with torch.no_grad():
                 flat[self.mine].copy_(self.master)
-            self.shard.gather("gather", flat, self.layout.bounds).wait()
+            if self.common is not None:
+                self.common.current().wait()
+                flat.copy_(self.whole)
+            else:
+                self.shard.gather("gather", flat, self.layout.bounds).wait()
             self._check_holes()
             self._show(self.views_of(flat))
             self.lent = flat
@@ -247,6 +278,7 @@ class Unit:
             written = self.lent[self.mine]
             changed = written != self.master.to(written.dtype)  # the rest keeps bits that a narrower dtype has not
             self.master.copy_(torch.where(changed, written.to(self.master.dtype), self.master))
+        self.updated()
 
     def masters(self) -> Tensor:
         """All masters of the unit in one flat tensor. Collective."""
@@ -256,14 +288,18 @@ class Unit:
         return flat
 
     def after_load(self) -> None:
-        """The masters have new values."""
+        """The masters have new values, from a checkpoint."""
+        self.updated()
         if self.resident:
             self.gather()
             self.wait()
 
     def held(self) -> Sequence[tuple[str, int]]:
         """What is in memory now, in bytes."""
-        whole = self.whole.untyped_storage().nbytes() + (0 if self.lent is self.whole else self.lent.nbytes)
-        masters = self.master.untyped_storage()
-        shared = not self.whole.is_meta and masters.data_ptr() == self.whole.untyped_storage().data_ptr()
-        return [("parameters", whole), ("masters", 0 if shared else masters.nbytes())]
+        lent = 0 if self.lent is self.whole else self.lent.nbytes
+        same = self.dtypes.compute == self.dtypes.master
+        if self.common is not None:  # what all see is counted by who fills it
+            mine = self.whole[self.mine].nbytes
+            return [("parameters", lent + (0 if same else mine)), ("masters", self.master.nbytes)]
+        whole = self.whole.untyped_storage().nbytes()
+        return [("parameters", whole + lent), ("masters", 0 if same and self.resident else self.master.nbytes)]
