@@ -115,7 +115,7 @@ def available() -> str:
 
 
 @contextmanager
-def hosts(count: int, link: Link = Link(), limits: Limits = Limits()) -> Iterator[list[Host]]:  # noqa: B008 (frozen)
+def hosts(count: int, link: Link = Link(), limits: Limits = Limits()) -> Iterator[list[Host]]:
     """Hosts that reach each other and nothing else. At the end all that runs on them is killed and everything removed."""
     if not 1 <= count <= 250:
         raise ValueError(f"count={count} hosts: the switch has 1 to 250 ports")
@@ -218,7 +218,9 @@ def relay(switch: str, count: int, link: Link) -> subprocess.Popen[Any]:
     with process.stdout as lines:
         said = lines.readline().decode()
         if said != "ready\n":
-            raise RuntimeError(f"the relay between the hosts did not start: {said}{lines.read().decode()}")
+            said += lines.read().decode()
+            process.wait()
+            raise RuntimeError(f"the relay between the hosts did not start: {said}")
     return process
 
 
@@ -235,6 +237,7 @@ RECEIVE = """
 import signal, socket, sys, time
 signal.alarm(int(float(sys.argv[1])) + 10)
 listener = socket.create_server(("0.0.0.0", 0))
+listener.settimeout(3)
 print(listener.getsockname()[1], flush=True)
 stream, _ = listener.accept()
 stream.settimeout(5)
