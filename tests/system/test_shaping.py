@@ -121,12 +121,13 @@ def test_a_stream_gets_the_rate(rate: float) -> None:
         assert 0.85 <= goodput(a, b, seconds=1.0) * 8 / rate <= 1.0
 
 
-def test_two_senders_share_the_receivers_cable() -> None:
-    """The way to a host has the rate too, not only the way from it."""
-    with hosts(3, Link(rate=1e8)) as (a, b, c), ThreadPoolExecutor() as threads:
-        streams = [threads.submit(goodput, sender, b, 1.0) for sender in (a, c)]
+@pytest.mark.parametrize("ways", [[(0, 1), (2, 1)], [(1, 0), (1, 2)]], ids=["to-one", "from-one"])
+def test_two_streams_share_a_cable(ways: list[tuple[int, int]]) -> None:
+    """Either way of it: to the host in the middle, and from it."""
+    with hosts(3, Link(rate=1e8)) as three, ThreadPoolExecutor() as threads:
+        streams = [threads.submit(goodput, three[a], three[b], 1.0) for a, b in ways]
         total = sum(stream.result(timeout=30) for stream in streams) * 8
-    assert 0.7 <= total / 1e8 <= 1.15  # they do not begin and end together
+    assert 0.7 <= total / 1e8 <= 1.25  # they do not begin and end together
 
 
 def test_a_relayed_link_has_rate_and_delay() -> None:
