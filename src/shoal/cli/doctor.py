@@ -33,9 +33,9 @@ def doctor(
     \b
     It prints
       rate and delay of one TCP stream, from the host of a row to that of a column; port 29500
-                                      node1                node2
-      node1                               -  941 Mbit/s, 0.21 ms
-      node2             940 Mbit/s, 0.22 ms                    -
+                           node1                node2
+      node1                    -  941 Mbit/s, 0.21 ms
+      node2  940 Mbit/s, 0.22 ms                    -
     or
       unusable: node1 -> node2 is blocked: nothing that node1 sends arrives at node2
 

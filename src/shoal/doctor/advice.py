@@ -78,7 +78,7 @@ def _processor(report: Report, environ: Mapping[str, str]) -> Iterator[Finding]:
         )
     elif room < ranks:
         yield Finding(
-            what=f"{ranks} ranks of this host share {room:g} cores", remedy=f"at most {room:g} workers on this host"
+            what=f"{ranks} ranks of this host share {room:g} cores", remedy=f"at most {int(room)} workers on this host"
         )
     if ranks > 1 and not environ.get("OMP_NUM_THREADS"):
         yield Finding(
@@ -114,7 +114,7 @@ def _limits(report: Report) -> Iterator[Finding]:
             what=f"virtual memory is limited to {limits.virtual >> 20} MiB: torch maps much more than it uses",
             remedy="ulimit -v unlimited",
         )
-    if any("port" in fact for fact in report.fabric) and limits.locked is not None and limits.locked < LITTLE_LOCKED:
+    if any(": port " in fact for fact in report.fabric) and limits.locked is not None and limits.locked < LITTLE_LOCKED:
         yield Finding(
             what=f"only {limits.locked >> 10} KiB may be locked: RDMA needs more", remedy="ulimit -l unlimited"
         )

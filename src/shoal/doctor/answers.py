@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -48,7 +49,7 @@ class Answers:
             listening = [socket.create_server((where, port), family=kind, backlog=128)]
         except OSError as error:
             raise EnvironmentFault(
-                f"{own} cannot listen at {where} port {port}: {error.strerror}",
+                f"{own} cannot listen at {where} port {port}: {os.strerror(error.errno or 0)}",
                 remedy="--port another one, the same on all hosts; --as NAME if this is another host",
             ) from None
         listening += [socket.create_server((where, 0), family=kind) for _ in range(_EPHEMERAL)]

@@ -94,12 +94,12 @@ def across_lines(found: Across) -> Iterator[str]:
 def _table(found: Across) -> Iterator[str]:
     known = {report.name: report for report in found.reports}
     ways = {(a, b): known[a].way(b) if a in known else None for a in found.hosts for b in found.hosts}
-    cells = {(a, b): "-" if a == b else _cell(ways[a, b]) for a, b in ways}
-    wide = max(len(text) for text in (*cells.values(), *found.hosts))
+    columns = {b: [b, *("-" if a == b else _cell(ways[a, b]) for a in found.hosts)] for b in found.hosts}
+    left = max(map(len, found.hosts))
     yield f"rate and delay of one TCP stream, from the host of a row to that of a column; port {found.port}"
-    yield "  ".join([" " * wide, *(f"{host:>{wide}}" for host in found.hosts)])
-    for a in found.hosts:
-        yield "  ".join([f"{a:{wide}}", *(f"{cells[a, b]:>{wide}}" for b in found.hosts)])
+    for row, a in enumerate(["", *found.hosts]):
+        cells = (f"{column[row]:>{max(map(len, column))}}" for column in columns.values())
+        yield "  ".join([f"{a:{left}}", *cells])
 
 
 def _cell(way: Way | None) -> str:

@@ -57,9 +57,8 @@ def _arrives(sender: str, receiver: str, ways: _Ways) -> bool:
 
 def _direction(sender: str, receiver: str, ways: _Ways, port: int) -> Iterator[Finding]:
     """What is wrong with connecting from one host to another."""
-    way, passes = ways.get((sender, receiver)), _arrives(sender, receiver, ways)
+    way, back, passes = ways.get((sender, receiver)), ways.get((receiver, sender)), _arrives(sender, receiver, ways)
     if way is None:
-        back = ways.get((receiver, sender))
         if back is not None and not passes:
             yield _cut(sender, receiver)
         return
@@ -84,7 +83,8 @@ def _direction(sender: str, receiver: str, ways: _Ways, port: int) -> Iterator[F
             fatal=True,
         )
     elif not passes:
-        yield _cut(sender, receiver)
+        if way.heard or back is not None:  # else nobody knows what arrives there; the other direction is named
+            yield _cut(sender, receiver)
     elif way.meeting is Reach.REFUSED or _arrives(receiver, sender, ways):
         yield Finding(
             what=f"{sender} -> {receiver}: packets arrive, but connecting to port {port} gets: {way.meeting}",
