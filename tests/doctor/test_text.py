@@ -81,10 +81,10 @@ ACROSS = Across(
 )
 TABLE = """\
 rate and delay of one TCP stream, from the host of a row to that of a column; port 29500
-                      a                    b                         c
+                      a                     b                         c
 a                     -  93.6 Mbit/s, 0.21 ms                 no answer
-b  34.6 Mbit/s, 1.00 ms                    -  ephemeral ports: refused
-c             not known            not known                         -
+b  34.6 Mbit/s, 1.00 ms                     -  ephemeral ports: refused
+c             not known             not known                         -
 clock of b: +10.00 ms, give or take 1.00 ms
 a: python 3.11.7, torch 2.13.0+cpu, shoal 0.1.0
 b: python 3.11.7, torch 2.13.0+cpu, shoal 0.1.0
