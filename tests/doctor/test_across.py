@@ -89,10 +89,10 @@ def test_another_program_at_the_port() -> None:
 
 def test_strangers_do_no_harm() -> None:
     """What is not a message ends its own connection only; a report of a host that is none is dropped."""
-    port, ended = free_port(), threading.Event()
+    port, ended, start = free_port(), threading.Event(), time.monotonic()
 
     def disturb() -> None:
-        report = {"name": "x", "versions": [], "ways": [], "edition": 99, "done": True}
+        report = {"name": "x", "versions": [], "ways": [{"to": "x", "meeting": "open"}], "edition": 99, "done": False}
         noise = [
             b"GET / HTTP/1.1\r\n\r\n", b'{"shoal doctor": 1, "do": "stream", "seconds": 1e9}\n',
             b'{"shoal doctor": 1, "do": "reports", "reports": [{"name": 3}]}\n', b'{"shoal doctor": 1, "do": "dance"}\n',
@@ -112,11 +112,12 @@ def test_strangers_do_no_harm() -> None:
     thread.start()
     try:
         with ThreadPoolExecutor() as threads:
-            started = [threads.submit(across, HOSTS[:2], port=port, own=own, timeout=8) for own in HOSTS[:2]]
+            started = [threads.submit(across, HOSTS[:2], port=port, own=own, timeout=20) for own in HOSTS[:2]]
             found = [one.result(timeout=30) for one in started]
     finally:
         ended.set()
         thread.join(10)
+    assert time.monotonic() - start < 10  # nobody waits for it either
     for one in found:
         assert one.findings == ()
         assert [report.name for report in one.reports] == list(HOSTS[:2])

@@ -61,6 +61,12 @@ CGROUPS = {
             "sys/fs/cgroup/memory/docker/x/memory.limit_in_bytes": "9223372036854771712\n",
         }, 0.25, None,
     ),
+    "v2, a group below the one that is seen": (
+        {
+            "proc/self/cgroup": "0::/kube/pod/job\n", "proc/self/mountinfo": V2_MOUNT.format(shown="/kube/pod"),
+            "sys/fs/cgroup/job/cpu.max": "200000 100000\n", "sys/fs/cgroup/job/memory.max": "4096\n",
+        }, 2.0, 4096,
+    ),
     "v1 in a container without a namespace for groups": (
         {
             "proc/self/cgroup": V1_OWN, "proc/self/mountinfo": V1_MOUNTS.format(shown="/docker/x"),

@@ -55,6 +55,16 @@ def test_rates_are_those_of_the_links() -> None:
         assert abs(way["offset"]) < 0.05, way
 
 
+def test_delays_are_those_of_the_links() -> None:
+    with hosts(2, Link(delay=0.02)) as two:
+        ended = doctors(two, two)
+    for _, found in ended:
+        for report in found["reports"]:
+            (way,) = report["ways"]
+            assert 0.04 < way["delay"] < 0.08
+            assert abs(way["offset"]) < way["uncertainty"]
+
+
 @pytest.mark.parametrize("came", [2, 3])
 def test_a_cut_direction_is_named(came: int) -> None:
     """With three hosts, the first one knows from the third what the second one saw."""
