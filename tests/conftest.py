@@ -12,7 +12,18 @@ from tests.pool import Pool
 
 LEFT = pytest.StashKey[dict[str, int]]()
 HERE = Path(__file__).parent
-PROCESSES = ("benchmarks", "cli", "examples", "faults", "launch", "processes", "system", "test_docs.py", "test_pool.py")
+PROCESSES = (
+    "benchmarks",
+    "cli",
+    "doctor",
+    "examples",
+    "faults",
+    "launch",
+    "processes",
+    "system",
+    "test_docs.py",
+    "test_pool.py",
+)
 """Tests that start processes: one after the other, beside those that do not."""
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from shoal.cli import app
 
 MAIN = [sys.executable, "-c", "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"]
-VERBS = [["run"], ["verify"], ["checkpoint", "inspect"], ["checkpoint", "verify"], ["checkpoint", "export"]]
+VERBS = [["run"], ["verify"], ["doctor"], ["checkpoint", "inspect"], ["checkpoint", "verify"], ["checkpoint", "export"]]
 
 
 @pytest.mark.parametrize("words", [[], ["checkpoint"], *VERBS])
