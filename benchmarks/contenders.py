@@ -1,19 +1,22 @@
 """Who runs in the race: each makes a model and its optimizer as an ordinary user of its library would.
 
-All use AdamW as `torch.optim` gives it, no option of any library is set, and the loop is the same for all.
+All use AdamW as `torch.optim` gives it, no option of any library is set but those in a contender's name, and the loop
+is the same for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+import importlib.util
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from io import StringIO
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from model import GPT, Sizes
-from torch import nn
+from formulas import Function, Grid
+from models import Model, blocks_of
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -25,27 +28,73 @@ from shoal import init
 RATE = 3e-4
 SEED = 0
 
-Trained = tuple[nn.Module, Optimizer]
+Settings = Mapping[str, Any]
+"""Keyword arguments of somebody else's function."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What the loop calls. `step` updates and forgets the gradients; `sent` counts bytes, where a library does."""
+
+    model: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor], None]
+    step: Callable[[], None]
+    sent: Callable[[], int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contender:
-    """`open` gives the model and the optimizer that the loop uses; `ranks` processes run it."""
+    """`open` gives what the loop uses; it is entered by every rank in a process of its own.
+
+    `function`: what it cuts, and so its formulas; `per_copy`: ranks that hold one model together, 0 for all.
+    `alone`: one rank runs, whatever the network. `fewest`: ranks without which it is another contender's double.
+    `package`: beyond torch, imported before anything is measured.
+    """
 
     name: str
-    open: Callable[[Sizes], AbstractContextManager[Trained]]
-    ranks: int = 2
+    function: Function
+    open: Callable[[Model], AbstractContextManager[Trained]]
+    per_copy: int = 0
+    alone: bool = False
+    fewest: int = 1
+    package: str = ""
+
+    def missing(self) -> str:
+        """Why it cannot run here; empty if it can."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed: pip install 'shoal[race]'"
+        return ""
+
+    def load(self) -> None:
+        """Import what it needs: neither time nor memory of a step."""
+        if self.package:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            importlib.import_module(self.package)
+
+    def grid(self, world: int) -> Grid:
+        return Grid.of(self.function, world, self.per_copy)
 
 
-def _gpt(sizes: Sizes) -> GPT:
-    torch.manual_seed(SEED)
-    return GPT(sizes)
+def _usual(model: Callable[[Tensor], Tensor], optimizer: Optimizer, sent: Callable[[], int] | None = None) -> Trained:
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Trained(model=model, backward=lambda loss: loss.backward(), step=step, sent=sent)
+
+
+def _adam(model: nn.Module) -> AdamW:
+    return AdamW(model.parameters(), lr=RATE)
+
+
+# ---------------------------------------------------------------- torch
 
 
 @contextmanager
-def _plain(sizes: Sizes) -> Generator[Trained]:
-    model = _gpt(sizes)
-    yield model, AdamW(model.parameters(), lr=RATE)
+def plain(task: Model) -> Generator[Trained]:
+    """Nothing but torch's modules and optimizer."""
+    model = task.make()
+    yield _usual(model, _adam(model))
 
 
 @contextmanager
@@ -58,48 +107,100 @@ def _process_group() -> Generator[None]:
 
 
 @contextmanager
-def _torch_ddp(sizes: Sizes) -> Generator[Trained]:
+def _torch_ddp(task: Model) -> Generator[Trained]:
     with _process_group():
-        model = DistributedDataParallel(_gpt(sizes))
-        yield model, AdamW(model.parameters(), lr=RATE)
+        model = DistributedDataParallel(task.make())
+        yield _usual(model, _adam(model))
 
 
 @contextmanager
-def _torch_zero(sizes: Sizes) -> Generator[Trained]:
+def _torch_zero(task: Model) -> Generator[Trained]:
     with _process_group():
-        model = DistributedDataParallel(_gpt(sizes))
-        yield model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=RATE)
+        model = DistributedDataParallel(task.make())
+        yield _usual(model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=RATE))
 
 
-@contextmanager
-def _fsdp2(sizes: Sizes) -> Generator[Trained]:
-    with _process_group():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        model = _gpt(sizes)
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        yield model, AdamW(model.parameters(), lr=RATE)
-
-
-def _shoal(strategy: str) -> Callable[[Sizes], AbstractContextManager[Trained]]:
+def _fsdp2(settings: Settings) -> Callable[[Model], AbstractContextManager[Trained]]:
     @contextmanager
-    def open_job(sizes: Sizes) -> Generator[Trained]:
-        with init(strategy, seed=SEED, run_dir="none") as job:
-            model = _gpt(sizes)
-            with redirect_stderr(StringIO()):  # the plan, once a visit
-                trained = job.prepare(model, AdamW(model.parameters(), lr=RATE))
-            yield trained
+    def opened(task: Model) -> Generator[Trained]:
+        with _process_group():
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            model = task.make()
+            for block in blocks_of(model):
+                fully_shard(block, mesh=mesh, **settings)
+            fully_shard(model, mesh=mesh, **settings)
+            yield _usual(model, _adam(model))
 
-    return open_job
+    return opened
+
+
+# ---------------------------------------------------------------- DeepSpeed
+
+
+def _deepspeed(stage: int) -> Callable[[Model], AbstractContextManager[Trained]]:
+    """With torch's AdamW, which it calls a client optimizer; its own would be compiled on the spot."""
+
+    @contextmanager
+    def opened(task: Model) -> Generator[Trained]:
+        import deepspeed
+
+        # The shared-memory all-reduce is for inference alone, and it too would be compiled on the spot.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        model = task.make()
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # a batch is what the loop gives; this only labels its own prints
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        engine = deepspeed.initialize(model=model, optimizer=_adam(model), config=config)[0]
+        yield Trained(model=engine, backward=lambda loss: engine.backward(loss), step=engine.step)
+
+    return opened
+
+
+# ---------------------------------------------------------------- shoal
+
+
+def _shoal(strategy: str, settings: Settings) -> Callable[[Model], AbstractContextManager[Trained]]:
+    @contextmanager
+    def opened(task: Model) -> Generator[Trained]:
+        with init(strategy, device="cpu", seed=SEED, run_dir="none", **settings) as job:
+            model = task.make()
+            model, optimizer = job.prepare(model, _adam(model))
+            yield _usual(model, optimizer, lambda: sum(job.traffic.values()))
+
+    return opened
+
+
+def shoal(strategy: str, words: str = "", **settings: object) -> Contender:
+    """A contender of shoal's own. `words` follow its name; `settings` go to `shoal.init`."""
+    name = f"shoal {strategy} {words}".rstrip()
+    if strategy == "hybrid":
+        opened = _shoal(strategy, settings | {"ranks_per_copy": 2})
+        return Contender(name=name, function=Function.ZERO3, open=opened, per_copy=2, fewest=4)
+    return Contender(name=name, function=Function(strategy), open=_shoal(strategy, settings))
 
 
 ONE = "one process"
+STAGES = (Function.DDP, Function.ZERO1, Function.ZERO2, Function.ZERO3)
 CONTENDERS = (
-    Contender(ONE, _plain, ranks=1),
-    Contender("two that do not talk", _plain),
-    Contender("torch DDP", _torch_ddp),
-    Contender("torch ZeroRedundancyOptimizer", _torch_zero),
-    Contender("torch FSDP2", _fsdp2),
-    *(Contender(f"shoal {name}", _shoal(name)) for name in ("ddp", "zero1", "zero2", "zero3")),
+    Contender(name=ONE, function=Function.NOTHING_SENT, open=plain, alone=True),
+    Contender(name="all, not talking", function=Function.NOTHING_SENT, open=plain),
+    Contender(name="torch DDP", function=Function.DDP, open=_torch_ddp),
+    Contender(name="torch ZeroRedundancyOptimizer", function=Function.ZERO1, open=_torch_zero),
+    Contender(name="torch FSDP2", function=Function.ZERO3, open=_fsdp2({})),
+    Contender(
+        name="torch FSDP2, no resharding", function=Function.ZERO2, open=_fsdp2({"reshard_after_forward": False})
+    ),
+    *(
+        Contender(name=f"DeepSpeed {stage}", function=function, open=_deepspeed(stage), package="deepspeed")
+        for stage, function in enumerate(STAGES)
+    ),
+    # More of shoal's own: one line each, shoal("zero3", "fast", numerics="fast").
+    shoal("ddp"),
+    shoal("zero1"),
+    shoal("zero2"),
+    shoal("zero3"),
+    shoal("hybrid"),
 )

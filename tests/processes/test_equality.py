@@ -1,4 +1,4 @@
-"""Real processes over gloo: the bits of one process, and the bytes of the dry run."""
+"""Real processes over every carrier: the bits of one process, and the bytes of the dry run."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def train(strategy: Strategy | str, settings: dict[str, object]) -> Outcome | No
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_equals_one_process(name: str, world: int, pool: Pool) -> None:
-    results = pool.run(train, name, {"leaves": LEAVES}, world=world)
+@pytest.mark.parametrize("carrier", ["gloo", "shared"])
+def test_equals_one_process(name: str, world: int, carrier: str, pool: Pool) -> None:
+    results = pool.run(train, name, {"leaves": LEAVES, "carrier": carrier}, world=world)
     assert results == [one_process("float32")] + [None] * (world - 1)
 
 
@@ -44,18 +45,21 @@ def test_hybrid_equals_one_process(pool: Pool) -> None:
     assert results[0] == one_process("bfloat16")
 
 
-def traffic(strategy: Strategy) -> dict[str, int]:
+def traffic(strategy: Strategy, carrier: str) -> dict[str, int]:
+    os.environ["SHOAL_CARRIER"] = carrier
     return program(strategy, LEAVES, "float32")(int(os.environ["RANK"]))
 
 
 @pytest.mark.parametrize(
     ("name", "ranks_per_copy"), [(n, r) for n in STRATEGIES for r in (None, 2) if not (n == "ddp" and r)]
 )
-def test_bytes_equal_the_dry_run(name: str, ranks_per_copy: int | None, pool: Pool) -> None:
+@pytest.mark.parametrize("carrier", ["gloo", "shared"])
+def test_bytes_equal_the_dry_run(name: str, ranks_per_copy: int | None, carrier: str, pool: Pool) -> None:
     world = 4 if ranks_per_copy else 3
     strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
-    measured = pool.run(traffic, strategy, world=world)
-    assert measured == [dry_run(rank, world, program(strategy, LEAVES, "float32")) for rank in range(world)]
+    measured = pool.run(traffic, strategy, carrier, world=world)
+    ours, shared = program(strategy, LEAVES, "float32"), carrier == "shared"
+    assert measured == [dry_run(rank, world, ours, shared=shared) for rank in range(world)]
 
 
 # ---------------------------------------------------------------- beside torch.distributed
