@@ -60,6 +60,7 @@ def init(
     cut: str | None = None,
     timeout: float | None = None,
     overlap: bool | None = None,
+    carrier: str | None = None,
     run_dir: str | None = None,
 ) -> Job:
     """Start or join a job. Finds its place from torchrun's or `shoal run`'s environment, or is a world of one.
@@ -75,6 +76,7 @@ def init(
         ranks_per_copy, twig, precision, masters, cut: see `Strategy`.
         timeout: seconds without a change anywhere after which a wait ends; default 60.
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
+        carrier: what carries the bytes between ranks: "gloo", or "mpi" under mpirun; default "auto".
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
 
     Raises:
@@ -85,17 +87,17 @@ def init(
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
-        "timeout": timeout, "overlap": overlap,
+        "timeout": timeout, "overlap": overlap, "carrier": carrier,
         "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
     base = strategy_of(resolved, strategy)
-    carrier, place = find_carrier(resolved.settings.timeout)
+    carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier)
     try:
-        return Job(base.settled(carrier.size, place.local_world), carrier, resolved, place)
+        return Job(base.settled(carrying.size, place.local_world), carrying, resolved, place)
     except BaseException as error:
-        carrier.fail(f"{type(error).__name__}: {error}")
-        carrier.close()
+        carrying.fail(f"{type(error).__name__}: {error}")
+        carrying.close()
         raise
 
 

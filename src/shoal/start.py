@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shoal.comm.group import Carrier, current
 from shoal.comm.meter import Alone
+from shoal.comm.mpi import Mpi
 from shoal.comm.pairwise import Address, Gloo
 from shoal.launch.place import find_place
 from shoal.logs import warn
@@ -64,8 +65,13 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
     )
 
 
-def find_carrier(timeout: float) -> tuple[Carrier, Seat]:
-    """This rank's place and what connects it to the others."""
+def find_carrier(timeout: float, name: str = "auto") -> tuple[Carrier, Seat]:
+    """This rank's place and what connects it to the others.
+
+    Args:
+        timeout: see `Gloo`.
+        name: of the carrier.
+    """
     given = current.get()
     if given is not None:
         return given, Seat(given.size, own_process=False)
@@ -76,4 +82,5 @@ def find_carrier(timeout: float) -> tuple[Carrier, Seat]:
     if place.world == 1:
         return Alone(), seat
     address = Address(place.rank, place.world, place.host, place.port, place.agent_store, place.attempt)
-    return Gloo(address, timeout=timeout, report=warn), seat
+    make = Mpi if name == "mpi" else Gloo
+    return make(address, timeout=timeout, report=warn), seat

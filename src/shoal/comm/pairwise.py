@@ -38,7 +38,7 @@ _NEVER = timedelta(days=10)  # the watch ends waits, not gloo: its time-out know
 _served: dict[int, Store] = {}  # by port, for this process's life: the ranks of a next job may have come already
 _NOBODY = 0  # a tag that nothing is sent with
 _MOMENT = 0.05  # seconds until a dead process has lost its last connection
-_MARGIN = 0.5  # seconds beyond `timeout` for what torch does not let us stop while ranks meet
+MARGIN = 0.5  # seconds beyond `timeout` for what torch does not let us stop while ranks meet
 
 
 class _Pairs(Protocol):
@@ -77,7 +77,7 @@ class Gloo:
         self.group: _Pairs | None
         self.waiter, self.spare = Waiter(), Pool()
         before = sockets()
-        store, self.group = _bounded(lambda: _meet(address, timeout), timeout + _MARGIN, address)
+        store, self.group = bounded(lambda: _meet(address, timeout), timeout + MARGIN, address)
         wires = {fd: inode for fd, inode in sockets().items() if before.get(fd) != inode}
         to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
         forget_in_children(wires, weakref.ref(self))
@@ -238,7 +238,7 @@ def _tag(label: str, index: int, tensor: Tensor) -> int:
 # ---------------------------------------------------------------- how ranks meet
 
 
-def _bounded(work: Callable[[], T], seconds: float, address: Address) -> T:
+def bounded(work: Callable[[], T], seconds: float, address: Address) -> T:
     """Do it in a thread: what waits for the process of another rank inside torch cannot be stopped."""
     done: list[T] = []
     failed: list[Exception] = []
