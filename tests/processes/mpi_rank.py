@@ -60,7 +60,7 @@ def differs(how: str) -> None:
         count = {"longer": (1000, 2000), "shorter": (1000, 500)}.get(how, (1000, 1000))[job.rank]
         dtype = torch.int32 if how == "dtype" and job.rank else torch.float32
         mine, box = torch.ones(count, dtype=dtype), torch.empty(count, dtype=dtype)
-        world.swap("other" if how == "label" and job.rank else "swap", [[mine]] * 2, [[box]] * 2).wait()
+        world.swap("other" if how == "label" and job.rank else "swap", [[[mine]]] * 2, [[[box]]] * 2).wait()
 
 
 def under_way() -> None:
@@ -69,7 +69,7 @@ def under_way() -> None:
         world, me = Group("all", range(2), job._carrier), job.rank
         boxes = [torch.empty(300_000) for _ in range(2)]
         pending = [
-            world.swap("same", [[torch.full((300_000,), 10.0 * n + me)]] * 2, [[box]] * 2)
+            world.swap("same", [[[torch.full((300_000,), 10.0 * n + me)]]] * 2, [[[box]]] * 2)
             for n, box in enumerate(boxes)
         ]
         for transfer in reversed(pending):

@@ -18,8 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Parcel, Pending, filled
-from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded, numbered, tag_of
+from shoal.comm.boxes import Boxes, numbered
+from shoal.comm.group import Box, Common, Parcel, Pending, Strips
+from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded, tag_of
+from shoal.comm.pool import Pool
 from shoal.comm.waiter import Lost
 from shoal.comm.watch import TICK
 from shoal.errors import EnvironmentFault, PeerError
@@ -51,27 +53,35 @@ class Mpi:
             )
         self.lives = Gloo(address, timeout=timeout, report=report)
         self.rank, self.size, self.sent = address.rank, address.size, self.lives.sent
-        self.closed, self.failed = False, False
+        self.closed, self.failed, self.spare = False, False, Pool()
         self.most = int(world.Get_attr(self.mpi.TAG_UB) or 32767)
         # apart from what the program itself sends; not by Idup, after which Open MPI 5.0 may crash at its end
         self.comm = bounded(lambda: world.Dup(), timeout + MARGIN, address)
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
-        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, t in sends)
+        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, strips in sends for t in strips)
         self.lives.watch.at(label)
-        boxes = [(peer, filled(box)) for peer, box in receives]
+        boxes = Boxes(receives, self.spare)
         under_way: list[Request] = []
-        for start, parcels in ((self.comm.Irecv, boxes), (self.comm.Isend, sends)):
+        for start, parcels in ((self.comm.Irecv, boxes.filled), (self.comm.Isend, sends)):
             for index, peer, tensor in numbered(parcels):
                 tag = 1 + tag_of(label, index, tensor) % self.most
                 try:
                     under_way += [(peer, start([p, self.mpi.BYTE], peer, tag), tensor) for p in self._pieces(tensor)]
                 except self.mpi.Exception as e:
                     raise self.broken(label, peer, e) from None
-        return Requests(self, label, under_way, [box for _, box in boxes])
+        return Requests(self, label, under_way, boxes)
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
+
+    def idle(self, tensor: Tensor) -> bool:
+        return True
+
+    def common(
+        self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
+    ) -> Common | None:  # fmt: skip
+        return None
 
     def note(self, mark: str) -> None:
         self.lives.note(mark)
@@ -116,7 +126,7 @@ Request = tuple[int, Any, Tensor | None]
 class Requests:
     """The transfers of one post."""
 
-    def __init__(self, carrier: Mpi, label: str, under_way: list[Request], boxes: list[Tensor]) -> None:
+    def __init__(self, carrier: Mpi, label: str, under_way: list[Request], boxes: Boxes) -> None:
         self.carrier, self.label, self.under_way, self.boxes = carrier, label, under_way, boxes
 
     def ready(self) -> bool:
@@ -127,14 +137,14 @@ class Requests:
             raise self._leave(self.carrier.broken(self.label, self._waited_for(), e)) from None
         return not self.under_way
 
-    def wait(self) -> Sequence[Tensor]:
+    def wait(self) -> Sequence[Strips]:
         if self.under_way and not self.ready():
             with self.carrier.lives.watch.waiting(self.label):
                 self._wait()
-        return self.boxes
+        return self.boxes.received()
 
     def release(self) -> None:
-        return
+        self.boxes.release()
 
     def _wait(self) -> None:
         lives, begin = self.carrier.lives, time.monotonic()

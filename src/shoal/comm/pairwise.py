@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from shoal.comm.group import Box, Common, Like, Parcel, Pending, Strips
+from shoal.comm.boxes import Boxes, numbered
+from shoal.comm.group import Box, Common, Parcel, Pending, Strips
 from shoal.comm.pool import Pool
 from shoal.comm.sockets import all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
 from shoal.comm.waiter import Lost, Transfer, Waiter
@@ -91,10 +92,10 @@ class Gloo:
         self.watch.at(label)
         works = Works(self, label, receives)
         assert self.group is not None
-        for start, parcels in ((self.group.recv, works.boxes), (self.group.send, sends)):
-            for index, peer, tensor in _numbered(parcels):
+        for start, parcels in ((self.group.recv, works.boxes.filled), (self.group.send, sends)):
+            for index, peer, tensor in numbered(parcels):
                 try:
-                    works.add(peer, start([tensor], peer, _tag(label, index, tensor)))
+                    works.add(peer, start([tensor], peer, tag_of(label, index, tensor)))
                 except RuntimeError as e:
                     raise self.broken(label, peer, e) from None
         return works
@@ -142,8 +143,11 @@ class Gloo:
 
     def missed(self) -> Lost | None:
         """The rank that is waited for, if its connection has failed without gloo's saying so (see `Waiter`)."""
-        peer = self.waiter.peer
-        if peer is None or self.group is None or all_open(self._wires):
+        return None if self.waiter.peer is None else self.severed(self.waiter.peer)
+
+    def severed(self, peer: int) -> Lost | None:
+        """This rank, if its connection has failed."""
+        if self.group is None or all_open(self._wires):
             return None
         try:
             self.group.recv([torch.empty(1)], peer, _NOBODY)
@@ -164,17 +168,9 @@ class Works:
 
     def __init__(self, carrier: Gloo, label: str, receives: Sequence[Box]) -> None:
         self.carrier, self.label = carrier, label
-        self.lent: list[Tensor] = []
-        self.boxes: list[tuple[int, Strips]] = [(peer, self._strips(box)) for peer, box in receives]
+        self.boxes = Boxes(receives, carrier.spare)
         self.works: list[Transfer] = []
         self.outcome: SimpleQueue[Lost | None] | None = None
-
-    def _strips(self, box: Strips | Like) -> Strips:
-        if not isinstance(box, Like):
-            return box
-        flat = self.carrier.spare.take(sum(box.sizes), box.dtype, box.device)
-        self.lent.append(flat)
-        return torch.split(flat, list(box.sizes))
 
     def add(self, peer: int, work: dist.Work) -> None:
         self.works.append((peer, work))
@@ -190,7 +186,7 @@ class Works:
     def wait(self) -> Sequence[Strips]:
         if self.works:
             self._wait()
-        return [strips for _, strips in self.boxes]
+        return self.boxes.received()
 
     def _wait(self) -> None:
         outcome = self._waited_for()
@@ -210,20 +206,7 @@ class Works:
         self.works = []
 
     def release(self) -> None:
-        while self.lent:
-            self.carrier.spare.give(self.lent.pop())
-
-
-def _numbered(parcels: Sequence[Parcel]) -> list[tuple[int, int, Tensor]]:
-    """Every strip that travels, with its number among those of its peer."""
-    seen = Counter[int]()
-    out: list[tuple[int, int, Tensor]] = []
-    for peer, strips in parcels:
-        for tensor in strips:
-            if tensor.numel():
-                out.append((seen[peer], peer, tensor))
-                seen[peer] += 1
-    return out
+        self.boxes.release()
 
 
 def _plainly(error: Exception) -> str:
@@ -231,7 +214,7 @@ def _plainly(error: Exception) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
-def _tag(label: str, index: int, tensor: Tensor) -> int:
+def tag_of(label: str, index: int, tensor: Tensor) -> int:
     return zlib.crc32(f"{label}/{index}/{tensor.dtype}/{tensor.nbytes}".encode()) & 0x7FFFFFFF or 1
 
 
