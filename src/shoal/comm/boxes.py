@@ -36,10 +36,14 @@ class Boxes:
             self.spare.give(self.lent.pop())
 
 
-def numbered(parcels: Sequence[Parcel]) -> list[tuple[int, int, Tensor]]:
-    """Every strip that travels, with its number among those of its peer: `(number, peer, strip)`."""
+Numbered = tuple[int, int, Tensor]
+"""A strip that travels: its number among those of its peer, the peer, and itself."""
+
+
+def numbered(parcels: Sequence[Parcel]) -> list[Numbered]:
+    """Every strip that travels."""
     seen = Counter[int]()
-    out: list[tuple[int, int, Tensor]] = []
+    out: list[Numbered] = []
     for peer, strips in parcels:
         for tensor in strips:
             if tensor.numel():
