@@ -11,8 +11,21 @@ import pytest
 from tests.pool import Pool
 
 LEFT = pytest.StashKey[dict[str, int]]()
+TARGETS = ("gpu", "system", "slow")
+"""Marks of tests that have a target of make of their own."""
 HERE = Path(__file__).parent
-PROCESSES = ("benchmarks", "cli", "examples", "faults", "launch", "processes", "system", "test_docs.py", "test_pool.py")
+PROCESSES = (
+    "benchmarks",
+    "cli",
+    "examples",
+    "faults",
+    "gpu",
+    "launch",
+    "processes",
+    "system",
+    "test_docs.py",
+    "test_pool.py",
+)
 """Tests that start processes: one after the other, beside those that do not."""
 
 
@@ -37,12 +50,12 @@ def pool(session_pool: Pool) -> Iterator[Pool]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LEFT] = {"system": 0, "slow": 0}
+    config.stash[LEFT] = dict.fromkeys(TARGETS, 0)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
-        target = next((name for name in ("system", "slow") if item.get_closest_marker(name)), None)
+        target = next((name for name in TARGETS if item.get_closest_marker(name)), None)
         if target is not None:
             item.config.stash[LEFT][target] += 1
 

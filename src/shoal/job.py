@@ -76,7 +76,7 @@ def init(
         ranks_per_copy, twig, precision, masters, cut: see `Strategy`.
         timeout: seconds without a change anywhere after which a wait ends; default 60.
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
-        carrier: what carries the bytes between ranks: "gloo", or "mpi" under mpirun; default "auto".
+        carrier: what carries the bytes between ranks: "gloo", "nccl", "mpi" under mpirun; default "auto".
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
 
     Raises:
@@ -92,7 +92,7 @@ def init(
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
     base = strategy_of(resolved, strategy)
-    carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier)
+    carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier, resolved.settings.device)
     try:
         return Job(base.settled(carrying.size, place.local_world), carrying, resolved, place)
     except BaseException as error:

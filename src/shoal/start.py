@@ -10,6 +10,7 @@ from pathlib import Path
 from shoal.comm.group import Carrier, current
 from shoal.comm.meter import Alone
 from shoal.comm.mpi import Mpi
+from shoal.comm.nccl import over_devices, own_device, uuid_of
 from shoal.comm.pairwise import Address, Gloo
 from shoal.launch.place import find_place
 from shoal.logs import warn
@@ -65,12 +66,13 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
     )
 
 
-def find_carrier(timeout: float, name: str = "auto") -> tuple[Carrier, Seat]:
+def find_carrier(timeout: float, name: str = "auto", device: str | None = None) -> tuple[Carrier, Seat]:
     """This rank's place and what connects it to the others.
 
     Args:
         timeout: see `Gloo`.
         name: of the carrier.
+        device: where this rank's model will be; None: the host.
     """
     given = current.get()
     if given is not None:
@@ -81,6 +83,10 @@ def find_carrier(timeout: float, name: str = "auto") -> tuple[Carrier, Seat]:
     seat = Seat(place.local_world, own_process=True)
     if place.world == 1:
         return Alone(), seat
-    address = Address(place.rank, place.world, place.host, place.port, place.agent_store, place.attempt)
-    make = Mpi if name == "mpi" else Gloo
-    return make(address, timeout=timeout, report=warn), seat
+    here = own_device(device, place.local_rank)
+    address = Address(
+        place.rank, place.world, place.host, place.port, place.agent_store, place.attempt, uuid_of(here)
+    )  # fmt: skip
+    host = (Mpi if name == "mpi" else Gloo)(address, timeout=timeout, report=warn)
+    lives = host.lives if isinstance(host, Mpi) else host
+    return over_devices(host, lives, here, name, address, timeout), seat

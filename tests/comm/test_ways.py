@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,13 @@ import torch
 from shoal.comm import nccl
 from shoal.comm.group import Box, Carrier, Done, Group, Like, Parcel, Pending, current
 from shoal.comm.meter import Meter
-from shoal.comm.nccl import Asked, Order, Said, all_apart, over_devices, uuid_of
+from shoal.comm.nccl import Asked, Order, Said, against_nccl, over_devices, own_device, uuid_of
 from shoal.comm.pairwise import Address, Gloo
 from shoal.comm.reductions import Reductions
 from shoal.comm.routed import Routed
 from shoal.comm.staged import Staged
 from shoal.comm.threads import run
-from shoal.errors import DivergedError, PeerLost, StalledError
+from shoal.errors import DivergedError, EnvironmentFault, PeerLost, StalledError
 from shoal.start import find_carrier
 from tests.comm.carriers import TIMEOUT
 from tests.equivalence.models import Outcome, on_threads, trainer
@@ -89,7 +90,7 @@ class Noting:
 
 def test_each_strip_goes_over_the_carrier_of_its_device() -> None:
     host, device = Noting(), Noting()
-    both = Routed(host, device)
+    both = Routed(host, device, lambda device: device == META)
     near, far = torch.ones(2), torch.ones(2, device=META)
     pending = both.post(
         "mixed", [(1, [far]), (1, [near])], [(1, Like((2,), torch.float32, META)), (1, [near]), (1, [far])]
@@ -105,7 +106,7 @@ def test_each_strip_goes_over_the_carrier_of_its_device() -> None:
 
 def test_memory_is_asked_of_the_carrier_of_its_device() -> None:
     host, device = Noting(), Noting()
-    both = Routed(host, device)
+    both = Routed(host, device, lambda device: device == META)
     both.empty(3, torch.float32, META)
     both.idle(torch.ones(2, device=META))
     both.common("label", (0, 1), 3, torch.float32, CPU)
@@ -122,23 +123,24 @@ def test_memory_is_asked_of_the_carrier_of_its_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uuids", "apart"), [(["a", "b"], True), (["a", "a"], False), (["a", ""], False), (["", ""], False)]
+    ("devices", "obstacle"),
+    [
+        (["a", "b"], ""),
+        (["a", "b", "a"], "ranks 0 and 2 share a device (a)"),
+        (["a", ""], "rank 1 computes on the host"),
+        (["", ""], "rank 0 computes on the host"),
+    ],
 )
-def test_who_has_a_device_of_its_own(uuids: list[str], apart: bool) -> None:
-    assert all_apart(uuids) == apart
+def test_who_has_a_device_of_its_own(devices: list[str], obstacle: str) -> None:
+    assert against_nccl(devices) == obstacle
 
 
-def ways(uuids: list[str]) -> list[str]:
-    """Which carriers ranks with these devices get."""
-
-    def rank_main(rank: int) -> str:
-        host = current.get()
-        device = torch.device("cuda", 0) if uuids[rank] else CPU
-        found = over_devices(host, None, device, NOWHERE, 1.0)
-        assert not host.sent
-        return "host" if found is host else type(found.device).__name__
-
-    return run(len(uuids), rank_main)
+def way(devices: list[str], rank: int, name: str) -> str:
+    """Which carrier a rank with one of these devices gets."""
+    host, lives = Noting(), SimpleNamespace(devices=devices)
+    device = torch.device("cuda", 0) if devices[rank] else CPU
+    found = over_devices(host, lives, device, name, NOWHERE, 1.0)
+    return "host" if found is host else type(found.device).__name__
 
 
 def test_ways_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,16 +149,53 @@ def test_ways_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__()
 
     monkeypatch.setattr(nccl, "Nccl", Fake)
-    said: list[str] = []
-    monkeypatch.setattr(nccl, "uuid_of", lambda device: said.pop(0) if device.type == "cuda" else "")
-    for uuids, expected in (
-        (["", ""], ["host"] * 2),
-        (["GPU-1", "GPU-2"], ["Fake"] * 2),
-        (["GPU-1", "GPU-1"], ["Staged"] * 2),
-        (["GPU-1", ""], ["Staged", "host"]),
-    ):
-        said[:] = [uuid for uuid in uuids if uuid]
-        assert ways(uuids) == expected
+    assert [way(["", ""], rank, "auto") for rank in range(2)] == ["host"] * 2
+    assert [way(["a", "b"], rank, "auto") for rank in range(2)] == ["Fake"] * 2
+    assert way(["a", "b"], 0, "nccl") == "Fake"
+    assert way(["a", "b"], 0, "gloo") == way(["a", "b"], 0, "mpi") == "Staged"
+    assert way(["a", "a"], 0, "auto") == "Staged"
+    assert [way(["a", ""], rank, "auto") for rank in range(2)] == ["Staged", "host"]
+
+
+def test_nccl_where_it_cannot_be() -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        way(["a", "a"], 0, "nccl")
+    assert str(caught.value) == (
+        "shoal[E50] carrier=nccl, but ranks 0 and 1 share a device (a)\n"
+        "  try:   one device for each rank, or carrier=auto: through host memory"
+    )
+
+
+def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    assert own_device(None, 1) == own_device("cpu", 1) == CPU
+    found = [own_device("cuda", 0), own_device("cuda", 3), own_device("cuda:0", 1)]
+    assert found == used == [torch.device("cuda", index) for index in (0, 1, 0)]
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentFault) as caught:
+        own_device("cuda", 0)
+    assert str(caught.value) == (
+        "shoal[E50] device=cuda, but torch finds no such device here\n"
+        "  try:   a build of torch for it and its driver, or device=cpu"
+    )
+
+
+def devices_of_all() -> list[str]:
+    rank = int(os.environ["RANK"])
+    address = Address(rank, 2, "127.0.0.1", int(os.environ["MASTER_PORT"]), False, 0, f"GPU-{rank}" if rank else "")
+    carrier = Gloo(address, timeout=TIMEOUT, report=print)
+    carrier.close()
+    return carrier.devices
+
+
+def test_ranks_know_each_other_s_devices(pool: Pool) -> None:
+    assert pool.run(devices_of_all) == [["", "GPU-1"]] * 2
 
 
 def test_the_host_has_no_uuid() -> None:

@@ -24,48 +24,75 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from shoal.comm.boxes import Boxes, Numbered, numbered
-from shoal.comm.group import Box, Carrier, Common, Group, Parcel, Pending, Strips
+from shoal.comm.group import Box, Carrier, Common, Parcel, Pending, Strips
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
 from shoal.comm.pool import Pool
 from shoal.comm.reductions import Reductions
-from shoal.comm.routed import Routed
+from shoal.comm.routed import Routed, off_host
 from shoal.comm.staged import Staged
 from shoal.comm.waiter import Lost
 from shoal.comm.watch import TICK
-from shoal.errors import DivergedError, PeerError
+from shoal.errors import DivergedError, EnvironmentFault, PeerError
 
 _NEVER = timedelta(days=10)  # the watch ends waits, not NCCL's watchdog, which ends the process
 _WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-_UUID = 64  # bytes
 _ORDER = struct.Struct("<qI")
 
 
 # ---------------------------------------------------------------- which way
 
 
-def over_devices(host: Carrier, lives: Gloo, device: torch.device, address: Address, timeout: float) -> Carrier:
+def over_devices(
+    host: Carrier, lives: Gloo, device: torch.device, name: str, address: Address, timeout: float
+) -> Carrier:
     """A carrier for this rank's device too. All ranks of the job must call it, those without a device as well.
 
     Args:
         host: for what lies in the host's memory.
-        lives: the connections that show who lives; `host` itself, or what it stands on.
+        lives: the connections that show who lives, which know all ranks' devices; `host` itself, or what it stands on.
         device: where this rank's model will be.
+        name: "auto": NCCL where it can be; "nccl": nothing else; any other: through the host's memory.
         address, timeout: see `Gloo`.
 
     Raises:
-        EnvironmentFault: NCCL's ranks do not come.
+        EnvironmentFault: NCCL is asked for and cannot be, or its ranks do not come.
     """
-    uuids = _shared(host, uuid_of(device))
-    if device.type != "cuda":
+    obstacle = against_nccl(lives.devices)
+    if name == "nccl" and obstacle:
+        raise EnvironmentFault(
+            f"carrier=nccl, but {obstacle}", remedy="one device for each rank, or carrier=auto: through host memory"
+        )
+    if not off_host(device):
         return host
-    if not all_apart(uuids):
+    if obstacle or name not in ("auto", "nccl"):
         return Routed(host, Staged(host, pinned=True))
     return Routed(host, Nccl(host, lives, device, address, timeout))
 
 
-def all_apart(uuids: Sequence[str]) -> bool:
-    """Has every rank a device of its own? ("" is none.) NCCL refuses two ranks on one device."""
-    return "" not in uuids and len(set(uuids)) == len(uuids)
+def against_nccl(devices: Sequence[str]) -> str:
+    """Why these ranks cannot use NCCL, which wants a device of its own for each; "" if they can."""
+    for rank, device in enumerate(devices):
+        if not device:
+            return f"rank {rank} computes on the host"
+        if device in devices[:rank]:
+            return f"ranks {devices.index(device)} and {rank} share a device ({device})"
+    return ""
+
+
+def own_device(asked: str | None, local_rank: int) -> torch.device:
+    """The device of this rank; "cuda" alone is another one for each rank of a host, as far as there are enough."""
+    device = torch.device(asked or "cpu")
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise EnvironmentFault(
+            f"device={asked}, but torch finds no such device here",
+            remedy="a build of torch for it and its driver, or device=cpu",
+        )
+    index = cast(int | None, device.index)  # torch says it is never None
+    device = torch.device("cuda", local_rank % torch.cuda.device_count() if index is None else index)
+    torch.cuda.set_device(device)  # what "cuda" means to the program
+    return device
 
 
 def uuid_of(device: torch.device) -> str:
@@ -73,12 +100,6 @@ def uuid_of(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     return str(cast(Any, torch.cuda.get_device_properties(device)).uuid)
-
-
-def _shared(host: Carrier, uuid: str) -> list[str]:
-    said = Group("ways", range(host.size), host).share("find", uuid.encode().ljust(_UUID, b"\0"))
-    del host.sent["find"]  # it is not the program's
-    return [text.rstrip(b"\0").decode() for text in said]
 
 
 # ---------------------------------------------------------------- NCCL
@@ -96,7 +117,6 @@ class Nccl:
         self.host, self.lives, self.spare = host, lives, Pool()
         self.rank, self.size, self.sent = host.rank, host.size, host.sent
         self.closed, self.failed = False, False
-        torch.cuda.set_device(device)
         self.group = bounded(lambda: _connected(lives, address, device), timeout + MARGIN, address)
         self.reductions = Reductions(lives, self.group, streams=True)
         self.order = Order(host)

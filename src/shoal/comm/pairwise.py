@@ -50,7 +50,11 @@ class _Pairs(Protocol):
 
 
 class Address(NamedTuple):
-    """Where the ranks of a job find each other. `attempt`: how often a launcher has restarted all of them."""
+    """Where the ranks of a job find each other.
+
+    `attempt`: how often a launcher has restarted all of them. `device`: which in all the world this rank computes on;
+    "" is the host.
+    """
 
     rank: int
     size: int
@@ -58,6 +62,7 @@ class Address(NamedTuple):
     port: int
     agent_store: bool  # a launcher holds the store already
     attempt: int = 0
+    device: str = ""
 
 
 class Gloo:
@@ -78,7 +83,7 @@ class Gloo:
         self.group: _Pairs | None
         self.waiter, self.spare = Waiter(), Pool()
         before = sockets()
-        store, self.group = bounded(lambda: _meet(address, timeout), timeout + MARGIN, address)
+        store, self.devices, self.group = bounded(lambda: _meet(address, timeout), timeout + MARGIN, address)
         wires = {fd: inode for fd, inode in sockets().items() if before.get(fd) != inode}
         to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
         forget_in_children(wires, weakref.ref(self))
@@ -250,13 +255,14 @@ def _nobody(address: Address, which: str) -> EnvironmentFault:
     )
 
 
-def _meet(address: Address, timeout: float) -> tuple[Store, _Pairs]:
-    """Wait for all ranks, then connect. Returns a store for this job alone."""
+def _meet(address: Address, timeout: float) -> tuple[Store, list[str], _Pairs]:
+    """Wait for all ranks, then connect. Returns a store for this job alone, and the ranks' devices."""
     deadline = time.monotonic() + timeout
     store = PrefixStore(f"shoal/{address.attempt}", _open_store(address, timeout, deadline))
     jobs = int(store.add(f"starts/{address.rank}", 1))  # several jobs may follow each other over one store
     own = PrefixStore(str(jobs), store)
     Watch.enter(own, address.rank)
+    own.set(f"device/{address.rank}", address.device)
     own.set(f"here/{address.rank}", str(address.size))
     for rank in range(address.size):
         while not own.check([f"here/{rank}"]):
@@ -264,7 +270,8 @@ def _meet(address: Address, timeout: float) -> tuple[Store, _Pairs]:
                 absent = [str(r) for r in range(address.size) if not own.check([f"here/{r}"])]
                 raise _nobody(address, f"within {timeout:g} s: rank {', '.join(absent)} did not come")
             time.sleep(0.01)
-    return own, _group(PrefixStore("gloo", own), address)
+    devices = [own.get(f"device/{rank}").decode() for rank in range(address.size)]
+    return own, devices, _group(PrefixStore("gloo", own), address)
 
 
 def _open_store(address: Address, timeout: float, deadline: float) -> Store:

@@ -13,8 +13,8 @@ Far = Callable[[torch.device], bool]
 
 
 def off_host(device: torch.device) -> bool:
-    """Is it anything but the CPU?"""
-    return device.type != "cpu"
+    """Is it anything but the CPU, or nothing at all?"""
+    return device.type not in ("cpu", "meta")
 
 
 class Routed:
