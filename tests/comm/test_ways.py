@@ -116,7 +116,33 @@ def test_memory_is_asked_of_the_carrier_of_its_device() -> None:
     both.close()
     assert [name for name, *_ in device.heard] == ["empty", "idle", "fail", "close"]
     assert [name for name, *_ in host.heard] == ["common", "note", "hold", "fail", "close"]
-    assert both.closed and both.failed and device.failed  # noqa: PT018
+
+
+def test_a_device_is_told_that_the_job_has_failed() -> None:
+    """NCCL would wait for the others. And a carrier that both share is closed once."""
+    host, device = Noting(), Noting()
+    both = Routed(host, device)
+    host.failed = True
+    assert both.failed
+    assert not both.closed
+    both.close()
+    assert [name for name, *_ in device.heard] == ["fail", "close"]
+    host.closed = True
+    both.close()
+    assert [name for name, *_ in host.heard] == ["close"]
+
+
+def shared_end() -> tuple[bool, bool]:
+    """Host and device over one carrier, closed in good order."""
+    gloo = find_carrier(TIMEOUT)[0]
+    both = Routed(gloo, Staged(gloo, pinned=False))
+    Group("all", range(2), both).share("all", b"here")
+    both.close()
+    return both.closed, both.failed
+
+
+def test_host_and_device_over_one_carrier(pool: Pool) -> None:
+    assert pool.run(shared_end) == [(True, False)] * 2
 
 
 # ---------------------------------------------------------------- which way

@@ -81,8 +81,16 @@ class Carrier(Protocol):
     rank: int
     size: int
     sent: Counter[str]  # bytes, by the first word of the label
-    closed: bool  # the job is over
-    failed: bool  # this rank or its connections have failed: there is nobody to say goodbye to
+
+    @property
+    def closed(self) -> bool:
+        """The job is over."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """This rank or its connections have failed: there is nobody to say goodbye to."""
+        ...
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         """Start a transfer. `label` must be equal on both sides, and differs from that of any other under way."""

@@ -22,14 +22,21 @@ class Routed:
 
     Args:
         host: for the host's memory; it also carries marks and says why the job ends.
-        device: for everything else. It does not close or fail the host's carrier.
+        device: for everything else.
         far: which devices are not the host.
     """
 
     def __init__(self, host: Carrier, device: Carrier, far: Far = off_host) -> None:
         self.host, self.device, self.far = host, device, far
         self.rank, self.size, self.sent = host.rank, host.size, host.sent
-        self.closed, self.failed = False, False
+
+    @property
+    def closed(self) -> bool:
+        return self.host.closed
+
+    @property
+    def failed(self) -> bool:
+        return self.host.failed or self.device.failed
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         near = [not self._is_far(box) for _, box in receives]
@@ -70,15 +77,15 @@ class Routed:
         self.host.hold(reason)
 
     def fail(self, why: str) -> None:
-        self.failed = True
         self.host.fail(why)  # first: who waits for the device is freed by it
         self.device.fail(why)
 
     def close(self) -> None:
-        self.closed = True
-        self.device.failed = self.device.failed or self.failed or self.host.failed
+        if self.host.failed and not self.device.failed:
+            self.device.fail("the job has failed")  # or it would wait for the others to end in good order
         self.device.close()
-        self.host.close()
+        if not self.host.closed:  # both may be one
+            self.host.close()
 
 
 class Both:

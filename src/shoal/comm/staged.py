@@ -29,9 +29,16 @@ class Staged:
     def __init__(self, host: Carrier, *, pinned: bool) -> None:
         self.host, self.pinned = host, pinned
         self.rank, self.size, self.sent = host.rank, host.size, host.sent
-        self.closed, self.failed = False, False
         self.spare = Pool()
         self.stages = Pool(lambda numel, dtype, _: torch.empty(numel, dtype=dtype, device=HOST, pin_memory=pinned))
+
+    @property
+    def closed(self) -> bool:
+        return self.host.closed
+
+    @property
+    def failed(self) -> bool:
+        return self.host.failed
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         boxes = Boxes(receives, self.spare)
@@ -76,11 +83,9 @@ class Staged:
         self.host.hold(reason)
 
     def fail(self, why: str) -> None:
-        self.failed = True
         self.host.fail(why)
 
     def close(self) -> None:
-        self.closed = True
         self.host.close()
 
 
