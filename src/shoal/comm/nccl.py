@@ -216,19 +216,21 @@ class Launched:
         self, carrier: Nccl, label: str, order: Asked, work: dist.Work | None, boxes: Boxes, sends: Sequence[Parcel]
     ) -> None:
         self.carrier, self.label, self.order, self.work, self.boxes = carrier, label, order, work, boxes
+        self.waited = False
         self.sends = sends  # kept until the current stream waits: memory that is freed is filled by what comes next
 
     def ready(self) -> bool:
         return self.order.ready() and (self.work is None or self.work.is_completed())
 
     def wait(self) -> Sequence[Strips]:
-        self.order.wait()
-        try:
-            if self.work is not None:
-                self.work.wait()  # the current stream waits; this thread does not
-        except RuntimeError:
-            raise self.carrier.broken(self.label) from None
-        self.sends = ()
+        if not self.waited:
+            self.order.wait()
+            try:
+                if self.work is not None:
+                    self.work.wait()  # the current stream waits; this thread does not
+            except RuntimeError:
+                raise self.carrier.broken(self.label) from None
+            self.waited, self.sends = True, ()
         return self.boxes.received()
 
     def release(self) -> None:
