@@ -10,7 +10,7 @@ ARGS ?=
 PARALLEL ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-system lint types layers docs check race race-quick clean
+.PHONY: help venv demo test test-slow test-system test-gpu lint types layers docs check race race-quick clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,15 +27,18 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train the example under ZeRO-3 with 2 workers
 	$(BIN)/python examples/gpt.py --strategy zero3 --workers 2 $(ARGS)
 
-test: $(STAMP)  ## everything but the tests marked system or slow
-	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not slow" $(ARGS)
+test: $(STAMP)  ## everything but the tests marked system, slow or gpu
+	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not slow and not gpu" $(ARGS)
 
 # pytest exits with 5 when nothing is marked so.
 test-slow: $(STAMP)  ## the tests marked slow
-	$(BIN)/python -m pytest -m "slow and not system" $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "slow and not system and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 test-system: $(STAMP)  ## the tests marked system: root, network namespaces or MPI
 	$(BIN)/python -m pytest -m system $(ARGS) || [ $$? -eq 5 ]
+
+test-gpu: $(STAMP)  ## the tests marked gpu, as far as there are devices for them
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(STAMP)  ## ruff, its formatter included
 	$(BIN)/ruff check .

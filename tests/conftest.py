@@ -11,6 +11,8 @@ import pytest
 from tests.pool import Pool
 
 LEFT = pytest.StashKey[dict[str, int]]()
+TARGETS = ("gpu", "system", "slow")
+"""Marks of tests that have a target of make of their own."""
 HERE = Path(__file__).parent
 PROCESSES = (
     "benchmarks",
@@ -18,6 +20,7 @@ PROCESSES = (
     "doctor",
     "examples",
     "faults",
+    "gpu",
     "launch",
     "processes",
     "system",
@@ -48,12 +51,12 @@ def pool(session_pool: Pool) -> Iterator[Pool]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LEFT] = {"system": 0, "slow": 0}
+    config.stash[LEFT] = dict.fromkeys(TARGETS, 0)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
-        target = next((name for name in ("system", "slow") if item.get_closest_marker(name)), None)
+        target = next((name for name in TARGETS if item.get_closest_marker(name)), None)
         if target is not None:
             item.config.stash[LEFT][target] += 1
 

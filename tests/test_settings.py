@@ -39,6 +39,7 @@ TEXTS = {
     "threads": ("2", 2),
     "timeout": ("3", 3.0),
     "overlap": ("false", False),
+    "carrier": ("mpi", "mpi"),
     "device": ("cpu", "cpu"),
     "run_dir": ("none", "none"),
 }
@@ -94,6 +95,7 @@ def test_table_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         "threads         1        default",
         "timeout         60.0     default",
         "overlap         false    environment SHOAL_OVERLAP",
+        "carrier         auto     default",
         "device          -        default",
         "run_dir         -        default",
     ]

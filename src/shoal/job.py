@@ -76,7 +76,8 @@ def init(
         ranks_per_copy, twig, precision, masters, cut: see `Strategy`.
         timeout: seconds without a change anywhere after which a wait ends; default 60.
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
-        carrier: what moves the bytes: "gloo" (TCP), "shared" (memory within hosts), or "auto", the fastest there is.
+        carrier: what moves the bytes between ranks: "gloo" (TCP), "shared" (memory within hosts), "nccl", "mpi" (under
+            mpirun), or "auto", the fastest there is.
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
 
     Raises:
@@ -87,16 +88,17 @@ def init(
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
-        "timeout": timeout, "overlap": overlap, "carrier": carrier, "run_dir": run_dir,
+        "timeout": timeout, "overlap": overlap, "carrier": carrier,
+        "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
     base = strategy_of(resolved, strategy)
-    found, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier)
+    carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier, resolved.settings.device)
     try:
-        return Job(base.settled(found.size, place.local_world), found, resolved, place)
+        return Job(base.settled(carrying.size, place.local_world), carrying, resolved, place)
     except BaseException as error:
-        found.fail(f"{type(error).__name__}: {error}")
-        found.close()
+        carrying.fail(f"{type(error).__name__}: {error}")
+        carrying.close()
         raise
 
 

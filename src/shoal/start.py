@@ -10,6 +10,8 @@ from pathlib import Path
 from shoal.comm.group import Carrier, current
 from shoal.comm.host import join_host
 from shoal.comm.meter import Alone
+from shoal.comm.mpi import Mpi
+from shoal.comm.nccl import over_devices, own_device, uuid_of
 from shoal.comm.pairwise import Address, Gloo
 from shoal.launch.place import find_place
 from shoal.logs import warn
@@ -65,12 +67,14 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
     )
 
 
-def find_carrier(timeout: float, kind: str = "auto") -> tuple[Carrier, Seat]:
+def find_carrier(timeout: float, name: str = "auto", device: str | None = None) -> tuple[Carrier, Seat]:
     """This rank's place and what connects it to the others.
 
     Args:
         timeout: seconds for the others to come, and of waits.
-        kind: "gloo": TCP alone; "shared": memory within hosts, TCP between them; "auto": that where it can be had.
+        name: of the carrier. "gloo": TCP alone; "shared": memory within hosts, TCP between them; "auto": that where it
+            can be had, and NCCL for accelerators.
+        device: where this rank's model will be; None: the host.
     """
     given = current.get()
     if given is not None:
@@ -81,6 +85,14 @@ def find_carrier(timeout: float, kind: str = "auto") -> tuple[Carrier, Seat]:
     seat = Seat(place.local_world, own_process=True)
     if place.world == 1:
         return Alone(), seat
-    address = Address(place.rank, place.world, place.host, place.port, place.agent_store, place.attempt)
-    gloo = Gloo(address, timeout=timeout, report=warn)
-    return (gloo if kind == "gloo" else join_host(gloo, wanted=kind == "shared")), seat
+    here = own_device(device, place.local_rank)
+    address = Address(
+        place.rank, place.world, place.host, place.port, place.agent_store, place.attempt, uuid_of(here)
+    )  # fmt: skip
+    if name == "mpi":
+        host: Carrier = Mpi(address, timeout=timeout, report=warn)
+        lives = host.lives
+    else:
+        lives = Gloo(address, timeout=timeout, report=warn)
+        host = lives if name == "gloo" else join_host(lives, wanted=name == "shared")
+    return over_devices(host, lives, here, name, address, timeout), seat

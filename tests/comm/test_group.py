@@ -81,7 +81,8 @@ def many_under_way() -> tuple[float, float]:
         world = world_of(carrier)
         boxes = [filled(1000, -1) for _ in range(2)]
         pending = [
-            world.swap("same", [[[filled(1000, 10 * n + world.rank)]]] * 2, [[[box]], [[box]]]) for n, box in enumerate(boxes)
+            world.swap("same", [[[filled(1000, 10 * n + world.rank)]]] * 2, [[[box]], [[box]]])
+            for n, box in enumerate(boxes)
         ]
         for transfer in reversed(pending):
             transfer.wait()

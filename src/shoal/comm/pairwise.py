@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from shoal.comm.group import Box, Common, Like, Parcel, Pending, Strips
+from shoal.comm.boxes import Boxes, numbered
+from shoal.comm.group import Box, Common, Parcel, Pending, Strips
 from shoal.comm.pool import Pool
 from shoal.comm.sockets import all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
 from shoal.comm.waiter import Lost, Transfer, Waiter
@@ -38,7 +39,7 @@ _NEVER = timedelta(days=10)  # the watch ends waits, not gloo: its time-out know
 _served: dict[int, Store] = {}  # by port, for this process's life: the ranks of a next job may have come already
 _NOBODY = 0  # a tag that nothing is sent with
 _MOMENT = 0.05  # seconds until a dead process has lost its last connection
-_MARGIN = 0.5  # seconds beyond `timeout` for what torch does not let us stop while ranks meet
+MARGIN = 0.5  # seconds beyond `timeout` for what torch does not let us stop while ranks meet
 
 
 class _Pairs(Protocol):
@@ -49,7 +50,11 @@ class _Pairs(Protocol):
 
 
 class Address(NamedTuple):
-    """Where the ranks of a job find each other. `attempt`: how often a launcher has restarted all of them."""
+    """Where the ranks of a job find each other.
+
+    `attempt`: how often a launcher has restarted all of them. `device`: which in all the world this rank computes on;
+    "" is the host.
+    """
 
     rank: int
     size: int
@@ -57,6 +62,7 @@ class Address(NamedTuple):
     port: int
     agent_store: bool  # a launcher holds the store already
     attempt: int = 0
+    device: str = ""
 
 
 class Gloo:
@@ -77,7 +83,7 @@ class Gloo:
         self.group: _Pairs | None
         self.waiter, self.spare = Waiter(), Pool()
         before = sockets()
-        store, self.group = _bounded(lambda: _meet(address, timeout), timeout + _MARGIN, address)
+        store, self.devices, self.group = bounded(lambda: _meet(address, timeout), timeout + MARGIN, address)
         wires = {fd: inode for fd, inode in sockets().items() if before.get(fd) != inode}
         to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
         forget_in_children(wires, weakref.ref(self))
@@ -91,10 +97,10 @@ class Gloo:
         self.watch.at(label)
         works = Works(self, label, receives)
         assert self.group is not None
-        for start, parcels in ((self.group.recv, works.boxes), (self.group.send, sends)):
-            for index, peer, tensor in _numbered(parcels):
+        for start, parcels in ((self.group.recv, works.boxes.filled), (self.group.send, sends)):
+            for index, peer, tensor in numbered(parcels):
                 try:
-                    works.add(peer, start([tensor], peer, _tag(label, index, tensor)))
+                    works.add(peer, start([tensor], peer, tag_of(label, index, tensor)))
                 except RuntimeError as e:
                     raise self.broken(label, peer, e) from None
         return works
@@ -142,8 +148,11 @@ class Gloo:
 
     def missed(self) -> Lost | None:
         """The rank that is waited for, if its connection has failed without gloo's saying so (see `Waiter`)."""
-        peer = self.waiter.peer
-        if peer is None or self.group is None or all_open(self._wires):
+        return None if self.waiter.peer is None else self.severed(self.waiter.peer)
+
+    def severed(self, peer: int) -> Lost | None:
+        """This rank, if its connection has failed."""
+        if self.group is None or all_open(self._wires):
             return None
         try:
             self.group.recv([torch.empty(1)], peer, _NOBODY)
@@ -164,17 +173,9 @@ class Works:
 
     def __init__(self, carrier: Gloo, label: str, receives: Sequence[Box]) -> None:
         self.carrier, self.label = carrier, label
-        self.lent: list[Tensor] = []
-        self.boxes: list[tuple[int, Strips]] = [(peer, self._strips(box)) for peer, box in receives]
+        self.boxes = Boxes(receives, carrier.spare)
         self.works: list[Transfer] = []
         self.outcome: SimpleQueue[Lost | None] | None = None
-
-    def _strips(self, box: Strips | Like) -> Strips:
-        if not isinstance(box, Like):
-            return box
-        flat = self.carrier.spare.take(sum(box.sizes), box.dtype, box.device)
-        self.lent.append(flat)
-        return torch.split(flat, list(box.sizes))
 
     def add(self, peer: int, work: dist.Work) -> None:
         self.works.append((peer, work))
@@ -190,7 +191,7 @@ class Works:
     def wait(self) -> Sequence[Strips]:
         if self.works:
             self._wait()
-        return [strips for _, strips in self.boxes]
+        return self.boxes.received()
 
     def _wait(self) -> None:
         outcome = self._waited_for()
@@ -210,20 +211,7 @@ class Works:
         self.works = []
 
     def release(self) -> None:
-        while self.lent:
-            self.carrier.spare.give(self.lent.pop())
-
-
-def _numbered(parcels: Sequence[Parcel]) -> list[tuple[int, int, Tensor]]:
-    """Every strip that travels, with its number among those of its peer."""
-    seen = Counter[int]()
-    out: list[tuple[int, int, Tensor]] = []
-    for peer, strips in parcels:
-        for tensor in strips:
-            if tensor.numel():
-                out.append((seen[peer], peer, tensor))
-                seen[peer] += 1
-    return out
+        self.boxes.release()
 
 
 def _plainly(error: Exception) -> str:
@@ -231,14 +219,14 @@ def _plainly(error: Exception) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
-def _tag(label: str, index: int, tensor: Tensor) -> int:
+def tag_of(label: str, index: int, tensor: Tensor) -> int:
     return zlib.crc32(f"{label}/{index}/{tensor.dtype}/{tensor.nbytes}".encode()) & 0x7FFFFFFF or 1
 
 
 # ---------------------------------------------------------------- how ranks meet
 
 
-def _bounded(work: Callable[[], T], seconds: float, address: Address) -> T:
+def bounded(work: Callable[[], T], seconds: float, address: Address) -> T:
     """Do it in a thread: what waits for the process of another rank inside torch cannot be stopped."""
     done: list[T] = []
     failed: list[Exception] = []
@@ -267,13 +255,14 @@ def _nobody(address: Address, which: str) -> EnvironmentFault:
     )
 
 
-def _meet(address: Address, timeout: float) -> tuple[Store, _Pairs]:
-    """Wait for all ranks, then connect. Returns a store for this job alone."""
+def _meet(address: Address, timeout: float) -> tuple[Store, list[str], _Pairs]:
+    """Wait for all ranks, then connect. Returns a store for this job alone, and the ranks' devices."""
     deadline = time.monotonic() + timeout
     store = PrefixStore(f"shoal/{address.attempt}", _open_store(address, timeout, deadline))
     jobs = int(store.add(f"starts/{address.rank}", 1))  # several jobs may follow each other over one store
     own = PrefixStore(str(jobs), store)
     Watch.enter(own, address.rank)
+    own.set(f"device/{address.rank}", address.device)
     own.set(f"here/{address.rank}", str(address.size))
     for rank in range(address.size):
         while not own.check([f"here/{rank}"]):
@@ -281,7 +270,8 @@ def _meet(address: Address, timeout: float) -> tuple[Store, _Pairs]:
                 absent = [str(r) for r in range(address.size) if not own.check([f"here/{r}"])]
                 raise _nobody(address, f"within {timeout:g} s: rank {', '.join(absent)} did not come")
             time.sleep(0.01)
-    return own, _group(PrefixStore("gloo", own), address)
+    devices = [own.get(f"device/{rank}").decode() for rank in range(address.size)]
+    return own, devices, _group(PrefixStore("gloo", own), address)
 
 
 def _open_store(address: Address, timeout: float, deadline: float) -> Store:

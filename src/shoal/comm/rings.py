@@ -94,5 +94,3 @@ class Ring:
     def done_with(self, message: Message) -> None:
         self.fence()
         self.mine.words[self._in_done + message.slot] = message.number
-
-

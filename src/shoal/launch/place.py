@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoal.errors import EnvironmentFault
+from shoal.launch.clusters import NAMES, NUMBERS, Told, Word, told_by_open_mpi, told_by_slurm
 from shoal.settings import LAUNCHER
 
-_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-_ALL = (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT")
-_REMEDY = "shoal run --workers N script.py, or torchrun; to run alone: unset " + " ".join(_NUMBERS)
+_REMEDY = "shoal run --workers N script.py, or torchrun; to run alone: unset " + " ".join(NUMBERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class Place:
         local_rank, local_world: the same among the ranks of this host.
         host, port: where the store is (to be) found.
         agent_store: a launcher holds the store already; else rank 0 starts it.
-        launched_by: "shoal run", "torchrun" or "environment".
+        launched_by: "shoal run", "torchrun", "Open MPI", "Slurm" or "environment".
         attempt: how often torchrun has restarted all ranks.
     """
 
@@ -41,25 +40,26 @@ class Place:
 def find_place(environ: Mapping[str, str]) -> Place | None:
     """This process's place, or None when it was started alone.
 
+    torchrun's variables win where they are complete. mpirun's come before those of Slurm, which mpirun may have used
+    to reach other hosts: then Slurm speaks of mpirun's helpers.
+
     Raises:
         EnvironmentFault: variables that are partly missing, no numbers, or contradict each other.
     """
-    if not any(name in environ for name in _NUMBERS):
-        return None  # clusters set MASTER_ADDR for everybody
-    missing = [name for name in _ALL if not environ.get(name)]
-    if missing:
-        present = [f"{name}={environ[name]}" for name in _ALL if environ.get(name)]
-        raise EnvironmentFault(f"{' '.join(present) or 'RANK='} without {', '.join(missing)}", remedy=_REMEDY)
+    told = _told(environ)
+    if told is None:
+        return None
+    words = told.words
     place = Place(
-        rank=_number(environ, "RANK", 0),
-        world=_number(environ, "WORLD_SIZE", 1),
-        local_rank=_number(environ, "LOCAL_RANK", 0),
-        local_world=_number(environ, "LOCAL_WORLD_SIZE", 1),
-        host=environ["MASTER_ADDR"],
-        port=_number(environ, "MASTER_PORT", 1, 65535),
+        rank=_number(told, "RANK", 0),
+        world=_number(told, "WORLD_SIZE", 1),
+        local_rank=_number(told, "LOCAL_RANK", 0),
+        local_world=_number(told, "LOCAL_WORLD_SIZE", 1),
+        host=words["MASTER_ADDR"].value,
+        port=_number(told, "MASTER_PORT", 1, 65535),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        launched_by=_launcher(environ),
-        attempt=_number(environ, RESTARTS, 0) if environ.get(RESTARTS) else 0,
+        launched_by=told.launcher,
+        attempt=_whole(Word(RESTARTS, environ[RESTARTS]), 0, 2**31 - 1, _REMEDY) if environ.get(RESTARTS) else 0,
     )
     for wrong, name, other in (
         (place.rank >= place.world, "RANK", "WORLD_SIZE"),
@@ -67,15 +67,46 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         (place.local_world > place.world, "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
     ):
         if wrong:
-            raise EnvironmentFault(f"{name}={environ[name]} contradicts {other}={environ[other]}", remedy=_REMEDY)
+            raise _contradiction(words[name], words[other], told.remedy)
     return place
 
 
-def _number(environ: Mapping[str, str], name: str, least: int, most: int = 2**31 - 1) -> int:
-    text = environ[name]
+def _told(environ: Mapping[str, str]) -> Told | None:
+    """Who has started this process, and what it says."""
+    if all(environ.get(name) for name in NAMES):
+        return _told_plainly(environ)
+    told = told_by_open_mpi(environ) or told_by_slurm(environ)
+    if told is None:
+        # clusters set MASTER_ADDR for everybody
+        return _told_plainly(environ) if any(name in environ for name in NUMBERS) else None
+    for name in NUMBERS:
+        word = Word(name, environ.get(name) or told.words[name].value)
+        if word.value != told.words[name].value:
+            raise _contradiction(word, told.words[name], f"unset {name}; or set all of {' '.join(NAMES)}")
+    return told
+
+
+def _told_plainly(environ: Mapping[str, str]) -> Told:
+    missing = [name for name in NAMES if not environ.get(name)]
+    if missing:
+        present = [f"{name}={environ[name]}" for name in NAMES if environ.get(name)]
+        raise EnvironmentFault(f"{' '.join(present) or 'RANK='} without {', '.join(missing)}", remedy=_REMEDY)
+    return Told(_launcher(environ), {name: Word(name, environ[name]) for name in NAMES}, _REMEDY)
+
+
+def _number(told: Told, name: str, least: int, most: int = 2**31 - 1) -> int:
+    return _whole(told.words[name], least, most, told.remedy)
+
+
+def _whole(word: Word, least: int, most: int, remedy: str) -> int:
+    text = word.value
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise EnvironmentFault(f"{name}={text!r} is not a whole number from {least} to {most}", remedy=_REMEDY)
+        raise EnvironmentFault(f"{word.variable}={text!r} is not a whole number from {least} to {most}", remedy=remedy)
     return int(text)
+
+
+def _contradiction(word: Word, other: Word, remedy: str) -> EnvironmentFault:
+    return EnvironmentFault(f"{word.variable}={word.value} contradicts {other.variable}={other.value}", remedy=remedy)
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
