@@ -47,8 +47,8 @@ class Pending(Protocol):
     def wait(self) -> Sequence[Strips]:
         """Return what was received, box by box, when all has arrived.
 
-        All that was sent may be overwritten then; except, where a box was `Like`, memory of the carrier (`Carrier.empty`),
-        which may be when it is idle.
+        All that was sent may be overwritten then; except, where a box was `Like`, memory of the carrier
+        (`Carrier.empty`), which may be when it is idle.
 
         Raises:
             PeerLost: a rank died or left.
@@ -201,7 +201,7 @@ class Group:
         return self.swap(verb, [[[parts[self.rank]]]] * self.size, [[[part]] for part in parts], key)
 
     def common(self, numel: int, dtype: torch.dtype, device: torch.device) -> Common | None:
-        """Zeros that all members see; None where they have no memory in common, or nobody to have it with. Collective."""
+        """Zeros that all members see; None where they have no memory in common. Collective."""
         self._count += 1
         if self.size == 1:
             return None
