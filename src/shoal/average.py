@@ -27,6 +27,7 @@ class Average:
     def __init__(self, binding: Binding, decay: float) -> None:
         if not 0 <= decay < 1:
             raise OrderError(f"job.ema(decay={decay:g})", remedy="a decay of at least 0 and less than 1, such as 0.999")
+        binding.engine.updates.flush()
         self.binding, self.decay = binding, decay
         self.pieces: dict[str, Tensor] = {}
         self.restart()
@@ -57,6 +58,7 @@ class Average:
     def whole(self) -> Generator[None]:
         """Inside, the model has the averaged weights, whole on every rank. Collective."""
         engine = self.binding.engine
+        engine.updates.flush()
         engine.meeting.meet(Want.WHOLE, 4, model=engine.number)  # nobody uses the weights any more
         units = engine.units
         weights = {unit.index: unit.master.clone() for unit in units}

@@ -30,7 +30,7 @@ from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_lo
 from shoal.engine import setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
-from shoal.errors import OrderError
+from shoal.errors import OrderError, SettingError
 from shoal.launch.rundir import RunDir, open_run_dir
 from shoal.logs import say
 from shoal.random import seed as set_seed
@@ -60,6 +60,7 @@ def init(
     cut: str | None = None,
     timeout: float | None = None,
     overlap: bool | None = None,
+    pending: bool | None = None,
     carrier: str | None = None,
     run_dir: str | None = None,
 ) -> Job:
@@ -76,6 +77,8 @@ def init(
         ranks_per_copy, twig, precision, masters, cut: see `Strategy`.
         timeout: seconds without a change anywhere after which a wait ends; default 60.
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
+        pending: may updates and transfers be under way when `optimizer.step()` returns? Until the next forward needs
+            them, parameters are placeholders then. Hides slow networks. Default False.
         carrier: what moves the bytes between ranks: "gloo" (TCP), "shared" (memory within hosts), "nccl", "mpi" (under
             mpirun), or "auto", the fastest there is.
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
@@ -88,10 +91,16 @@ def init(
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
-        "timeout": timeout, "overlap": overlap, "carrier": carrier,
+        "timeout": timeout, "overlap": overlap, "pending": pending, "carrier": carrier,
         "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
+    if resolved.settings.pending and not resolved.settings.overlap:
+        raise SettingError(
+            "pending=True with overlap=False",
+            cause="what is pending is overlapped with the next forward",
+            remedy="pending=False, or overlap=True",
+        )
     base = strategy_of(resolved, strategy)
     carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier, resolved.settings.device)
     try:
@@ -231,12 +240,13 @@ class Job:
         facts = {
             "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
+            "pending": self.resolved.settings.pending,
             "float32": list(float32), "compile": str(compile),
         }  # fmt: skip
         mesh = self._mesh if not self._bindings else self._mesh.again(len(self._bindings))
         wanted = setup.Wanted(
             strategy=self.strategy, rules=rules(self.strategy), mesh=mesh, meeting=self._meeting,
-            overlap=self.resolved.settings.overlap, units=units, elementwise=elementwise, float32=float32, fill=fill,
+            overlap=self.resolved.settings.overlap, pending=self.resolved.settings.pending, units=units, elementwise=elementwise, float32=float32, fill=fill,
             compile=compile, device=self.device, facts=facts, say=self._say, ended=self._feed.ended,
             number=len(self._bindings), first=sum(len(b.engine.units) for b in self._bindings.values()),
             prefix=f"{name}/" if name else "",
@@ -488,6 +498,8 @@ class Job:
         self._restore_hook()
         try:
             if not self._carrier.failed:
+                for binding in self._bindings.values():
+                    binding.engine.updates.flush()
                 self._meeting.meet(Want.CLOSE)
                 self.event("close", step=self.step)
         except BaseException as error:
@@ -571,6 +583,8 @@ class Job:
                 remedy="p.full_tensor() for every parameter of the model, or torch.distributed.checkpoint",
             )
         engines = [b.engine for b in self._all_bound()]
+        for engine in engines:
+            engine.updates.flush()
         if any(e.leaf is not None or e.turn or e.settled or e.resting for e in engines):
             raise OrderError(f"{what} in the middle of a step", remedy="call it when job.stepped is True")
 

@@ -36,6 +36,7 @@ class Settings(BaseModel):
     threads: int = Field(1, ge=1, description="threads of each rank, at least 1")
     timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="seconds without progress, more than 0")
     overlap: bool = Field(True, description="true or false: whether transfers run beside computation")
+    pending: bool = Field(False, description="true or false: whether updates may be under way when a step returns")
     carrier: Literal["auto", "gloo", "shared", "nccl", "mpi"] = Field("auto", description="what moves the bytes")
     device: str | None = Field(None, description="a device of torch; none: what the machine has")
     run_dir: str | None = Field(None, description="a directory, none to keep nothing")

@@ -56,6 +56,19 @@ def test_cuts_and_overlap_change_nothing(name: str, cut: Cut, overlap: bool) -> 
     assert on_threads(3, strategy, leaves=4, overlap=overlap) == one_process(4, "adamw", "float32")
 
 
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize("clip", [0.5, None])
+@pytest.mark.parametrize("leaves", [3, 4, 6])
+@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (1, 2, 3, 6)])
+def test_pending_updates_change_nothing(
+    name: str, world: int, ranks_per_copy: int | None, leaves: int, clip: float | None, common: bool
+) -> None:
+    """Nor does it in which order they are done, nor what a scheduler has set meanwhile."""
+    strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    got = on_threads(world, strategy, leaves=leaves, clip=clip, epochs=2, pending=True, common=common, order=world)
+    assert got == on_threads(1, "ddp", leaves=leaves, clip=clip, epochs=2)
+
+
 @pytest.mark.parametrize("order", range(5))
 def test_who_runs_first_changes_nothing(order: int) -> None:
     assert on_threads(4, "zero3", leaves=4, order=order) == one_process(4, "adamw", "float32")

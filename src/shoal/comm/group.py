@@ -83,6 +83,11 @@ class Carrier(Protocol):
     sent: Counter[str]  # bytes, by the first word of the label
 
     @property
+    def ordered(self) -> bool:
+        """Does it match what is sent with what is received by order alone? All ranks must post in one order then."""
+        ...
+
+    @property
     def closed(self) -> bool:
         """The job is over."""
         ...

@@ -21,6 +21,8 @@ class Meter:
         shared: are they on one host whose memory they share?
     """
 
+    ordered = False
+
     def __init__(self, rank: int, size: int, *, shared: bool = False) -> None:
         self.shared = shared
         self.rank, self.size, self.sent = rank, size, Counter[str]()

@@ -42,6 +42,8 @@ class Mpi:
         EnvironmentFault: there is no mpi4py, no MPI library, or mpirun has not started these ranks.
     """
 
+    ordered = False
+
     def __init__(self, address: Address, *, timeout: float, report: Callable[[str], None]) -> None:
         self.mpi = _library()
         world = self.mpi.COMM_WORLD

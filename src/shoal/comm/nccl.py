@@ -113,6 +113,8 @@ class Nccl:
         lives, device, address, timeout: see `over_devices`.
     """
 
+    ordered = True
+
     def __init__(self, host: Carrier, lives: Gloo, device: torch.device, address: Address, timeout: float) -> None:
         self.host, self.lives, self.spare = host, lives, Pool()
         self.rank, self.size, self.sent = host.rank, host.size, host.sent

@@ -77,6 +77,8 @@ class Gloo:
         EnvironmentFault: the other ranks do not come.
     """
 
+    ordered = False
+
     def __init__(self, address: Address, *, timeout: float, report: Callable[[str], None]) -> None:
         self.rank, self.size, self.sent = address.rank, address.size, Counter[str]()
         self.closed, self.failed = False, False

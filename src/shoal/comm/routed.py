@@ -31,6 +31,10 @@ class Routed:
         self.rank, self.size, self.sent = host.rank, host.size, host.sent
 
     @property
+    def ordered(self) -> bool:
+        return self.host.ordered or self.device.ordered
+
+    @property
     def closed(self) -> bool:
         return self.host.closed
 

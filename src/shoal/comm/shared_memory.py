@@ -49,6 +49,8 @@ class Shared:
         arena: this rank's own, which they have mapped.
     """
 
+    ordered = False
+
     def __init__(self, far: Gloo, near: Mapping[int, Neighbour], arena: Arena) -> None:
         self.far, self.near, self.arena = far, near, arena
         self.rank, self.size, self.sent, self.watch = far.rank, far.size, far.sent, far.watch

@@ -26,6 +26,8 @@ class Staged:
         pinned: use memory that the device reaches by itself.
     """
 
+    ordered = False
+
     def __init__(self, host: Carrier, *, pinned: bool) -> None:
         self.host, self.pinned = host, pinned
         self.rank, self.size, self.sent = host.rank, host.size, host.sent

@@ -84,6 +84,8 @@ class Board:
 class Threads:
     """The carrier of one rank that is a thread."""
 
+    ordered = False
+
     def __init__(self, rank: int, board: Board) -> None:
         self.rank, self.size, self.board, self.sent = rank, board.size, board, Counter[str]()
         self.closed, self.failed = False, False

@@ -20,6 +20,7 @@ from shoal.engine import optim
 from shoal.engine.engine import Engine
 from shoal.engine.hooks import Handle
 from shoal.engine.norm import global_norm, norms
+from shoal.engine.unit import Unit
 from shoal.errors import OptimizerError, OrderError
 from shoal.leaves import assign
 from shoal.optim import NeedsNorms
@@ -66,6 +67,8 @@ class Binding:
         self.averages: list[Follower] = []
         self.group_names: list[list[list[str]]] = []  # of every optimizer, of every group
         self.look_for_schedulers = True
+        self.later = False  # may updates be pending when `step()` returns?
+        self._pieces: dict[int, list[list[nn.Parameter]]] = {}  # of every unit, in every group of the only optimizer
         self._waiting = list(self.optimizers)  # those that have not stepped in this leaf
         self._steps = [o.step for o in self.optimizers]
         for optimizer in self.optimizers:
@@ -105,15 +108,49 @@ class Binding:
         if len(self._waiting) == len(self.optimizers):
             self.stepped = engine.turn >= engine.own_turns - 1
             if self.stepped:
-                engine.settle()
+                engine.vote()
             else:
                 engine.end_leaf()
         self.on_step(self)
-        if self.stepped and engine.overflow is None:
-            self._steps[self.optimizers.index(optimizer)]()
+        if self.stepped and not engine.settled and len(self.optimizers) == 1 and optim.by_units(optimizer):
+            engine.later = self.later and not self.averages
+            engine.update(self._updater(optimizer))
+        elif self.stepped:
+            engine.settle()
+            if engine.overflow is None:
+                self._steps[self.optimizers.index(optimizer)]()
         self._waiting.remove(optimizer)
         if not self._waiting:
             self.finish()
+
+    def _updater(self, optimizer: Optimizer) -> Callable[[Unit], None]:
+        """The optimizer's step as it is set now, on the pieces of one unit."""
+        step = self._steps[self.optimizers.index(optimizer)]
+        settings = [_settings(group) for group in optimizer.param_groups] if self.later else None
+
+        def update(unit: Unit) -> None:
+            groups = optimizer.param_groups
+            before = [dict(group) for group in groups]
+            for i, group in enumerate(groups):
+                group.update(settings[i] if settings is not None else {}, params=self._of_unit(unit, i))
+            optimizer.param_groups = [group for group in groups if group["params"]]
+            try:
+                if optimizer.param_groups:
+                    step()
+            finally:
+                optimizer.param_groups = groups
+                for group, values in zip(groups, before, strict=True):
+                    group.update(values)
+
+        return update
+
+    def _of_unit(self, unit: Unit, group: int) -> list[nn.Parameter]:
+        """The pieces of a unit in one of the optimizer's groups."""
+        if unit.index not in self._pieces:
+            mine = set(unit.pieces.values())
+            groups = self.optimizers[0].param_groups
+            self._pieces[unit.index] = [[p for p in g["params"] if p in mine] for g in groups]
+        return self._pieces[unit.index][group]
 
     def finish(self) -> None:
         """The leaf under way is over for all optimizers, if it was for one."""
@@ -190,6 +227,7 @@ class Binding:
                 "job.whole in the middle of a leaf" if not engine.leased else "job.whole inside job.whole",
                 remedy="call it before forward or after optimizer.step()",
             )
+        engine.updates.flush()
         engine.meeting.meet(Want.WHOLE, int(write), model=engine.number)
         carrier = engine.mesh.world.carrier
         for unit in engine.units:
@@ -267,6 +305,11 @@ def _closed(_module: nn.Module, _args: object) -> None:
         "the job is closed, and its model's parameters have stayed in shards",
         remedy="use the model before job.close(), or job.state_dict(model)",
     )
+
+
+def _settings(group: Mapping[str, object]) -> dict[str, object]:
+    """Learning rate and the like, as they are now."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
 
 
 class _Step:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from shoal.engine.schedule import Act, Cursor, Plan, Record, fullest, make_plan
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around, together
+from shoal.engine.updates import Decided, Updates
 from shoal.errors import OrderError, PlanError
 from shoal.leaves import Assignment
 from shoal.random import mix
@@ -56,13 +58,16 @@ class Engine:
         self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
         self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
         self.gradients = Gradients(units, mesh, meeting, rules, number, scale)
-        self.presence = Presence(self.units, meeting, number, self.gradients)
+        self.updates = Updates(self.gradients, self._renew)
+        self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
         self.set_leaves(assignment, leaves, twig)
         self.plan: Plan | None = None
         self.expected = Counter[int]()
         self.coming: LeafInfo | None = None
         self.steps, self.turn, self.turns_done = 0, 0, 0
         self.settled = False
+        self.decided: Decided | None = None  # about this step, once all ranks have voted
+        self.later = False  # may updates be pending when a step returns?
         self.resting = False  # this model has stepped, and others of the job have not
         self.overflow: tuple[Overflow, int] | None = None  # of this step, and the rank
         self.seed = 0
@@ -87,7 +92,7 @@ class Engine:
             self.leaves, present, self.assignment, self.mesh.shard.size, every_leaf=self.every_leaf,
             all_turns=self.all_turns, twig=self.twig,
         )  # fmt: skip
-        self.turn, self.settled = 0, False
+        self.turn, self.settled, self.decided = 0, False, None
         self.gradients.begin(self.turns)
         self.touched: set[str] = set()
 
@@ -127,7 +132,7 @@ class Engine:
         if self.resting:
             self._open_aside()
             return
-        if self.settled:
+        if self.settled or self.decided is not None:
             raise OrderError(
                 "forward between clip_grad_norm() and optimizer.step()", remedy="call them one after the other"
             )
@@ -246,6 +251,7 @@ class Engine:
         self.turns_done += 1
 
     def _make_plan(self, leaf: Leaf) -> None:
+        self.updates.order = list(dict.fromkeys(leaf.entered))
         told = self.mesh.world.share_any("plan", leaf.record.to_json())
         record = fullest([Record.from_json(data) for data in told])
         if +record.times:  # otherwise nobody has run a backward: the next leaf will tell
@@ -253,15 +259,15 @@ class Engine:
             self.plan = make_plan(record, around(self.units), reduced, together(self.units))
             self.expected = record.times
 
-    def settle(self) -> None:
-        """End the step: all leaves of all ranks are in, and the pieces have their gradients. Done once a step."""
-        if self.settled:
+    def vote(self) -> None:
+        """End the step: all leaves of all ranks are in, and ranks know what to update. Done once a step."""
+        if self.decided is not None:
             return
+        self.updates.flush()
         self.end_leaf()
         while self.turn < self.turns.count:  # serve ranks that have more leaves
             self._open(None, 0.0)
             self.end_leaf()
-        self.gradients.finish()
         names = self.gradients.names
         bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)
         bits |= self.buffers.changed << len(names)
@@ -274,26 +280,46 @@ class Engine:
             overflow = Overflow(*_OVERFLOW.unpack_from(answer))
             overflows += [(overflow, rank)] if overflow.leaf >= 0 else []
         self.overflow = min(overflows, default=None)
-        touched = {n for i, n in enumerate(names) if everyone >> i & 1}
-        self.gradients.hand_out(touched if self.overflow is None else set(), apart=self.grads_written())
+        touched = {n for i, n in enumerate(names) if everyone >> i & 1 and self.overflow is None}
+        self.decided = Decided(step=self.steps, touched=frozenset(touched), apart=self.grads_written())
         if everyone >> len(names):
             self.buffers.settle(self.turns)
+
+    def settle(self) -> None:
+        """Give all pieces their gradients."""
+        self.vote()
+        if self.settled or self.decided is None:
+            return
+        self.updates.flush()
+        self.gradients.finish()
+        for unit in self.gradients.units:
+            self.gradients.hand_out(unit, self.decided.touched, apart=self.decided.apart)
         self.settled = True
+
+    def update(self, update: Callable[[Unit], None]) -> None:
+        """Bring units up to date, one by one. With `later` set they may stay behind until somebody needs them."""
+        assert self.decided is not None
+        self.updates.decide(self.gradients.units, replace(self.decided, update=update), later=self.later)
 
     def after_update(self) -> None:
         """The optimizer has stepped: make what rests here whole and current, forget gradients, begin the next step."""
-        for unit in self.units:
-            unit.narrow(lambda name: mix("round", self.seed, self.steps, name))
+        if self.settled and self.decided is not None:
+            for unit in self.gradients.units:
+                self._renew(unit, self.decided)
+                self.gradients.forget(unit)
+            for unit in self.units:
+                unit.wait()
         self._rescale()
-        for unit in self.units:
-            if unit.trainable:
-                unit.updated()
-                self.at(Moment.AFTER_UPDATE, unit)
-        for unit in self.units:
-            unit.wait()
-        self.gradients.forget()
         self.steps += 1
         self._new_step(self.leaves)
+
+    def _renew(self, unit: Unit, decided: Decided) -> None:
+        """A unit's update is over: its parameters become whole again where they rest."""
+        unit.narrow(lambda name: mix("round", self.seed, decided.step, name))
+        unit.updated()
+        for rule in self.rules[Moment.AFTER_UPDATE]:
+            if rule.op is Op.GATHER:
+                unit.gather(f"unit {unit.index} step {decided.step}")
 
     def _rescale(self) -> None:
         if self.scale is None:
@@ -333,7 +359,11 @@ class Engine:
 
     def before_forward(self, units: Iterable[Unit]) -> None:
         for unit in units:
+            self.updates.bring(unit)
+            if self.recording and self.leaf is not None:
+                self.leaf.entered.append(unit.index)
             self.at(Moment.BEFORE_FORWARD, unit)
+        self.updates.advance()
 
     def after_forward(self, units: Iterable[Unit], outputs: Sequence[Tensor], *, recomputing: bool) -> None:
         """Free the units of a block, unless its backward is near or would go unnoticed."""
@@ -367,6 +397,7 @@ class Engine:
         """At the first sign of a backward call, ask for a sign at its end. Returns the units that it has entered."""
         call = graph_task()
         if call not in leaf.backwards:
+            self.updates.flush()  # of units that the forward did not enter
             leaf.backwards[call] = set()
             at_end_of_backward(lambda: self.backward_done(call))
         return leaf.backwards[call]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.group import Common, Pending
+from shoal.comm.group import Common, Done, Pending
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
@@ -32,11 +32,19 @@ IN_FLIGHT = 2**27
 
 @dataclass(slots=True, eq=False)
 class Journey:
-    """A unit's gradients on their way. `nbytes`: of the whole unit."""
+    """A unit's gradients on their way. `nbytes`: of the whole unit; `through`: past its gate."""
 
     flow: Flow
     pending: Pending
     nbytes: int
+    through: bool = False
+
+
+class Gate(Done):
+    """What lies behind it must not go before others: on a long way, what is needed first goes first."""
+
+    def ready(self) -> bool:
+        return False
 
 
 class Gradients:
@@ -65,17 +73,23 @@ class Gradients:
         self.names = [n for u in self.units for n in u.params]
         self.pool = Pool()
         self.guards = {n: AwayGrad(p, n) for u in self.units for n, p in u.params.items()}
-        self.piece_guards = [(p, AwayGrad(p, n)) for u in self.units for n, p in u.pieces.items()]
+        self.piece_guards = {u.index: [(p, AwayGrad(p, n)) for n, p in u.pieces.items()] for u in self.units}
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
         self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
-        self.flows: list[Journey] = []
+        self.flows: dict[int, Journey] = {}  # by unit, the oldest first
+        self.ordered = mesh.world.carrier.ordered
+        self.gated = False  # do results stop on their way until those that are needed earlier have come as far?
+        self.order: Sequence[int] = ()
+
         self.results: dict[int, Mean] = {}
         self.commons: dict[int, Common | None] = {}
         self.in_common = False  # may pieces have gradients that lie in memory of several ranks?
-        self._guard_pieces()
+        for unit in self.units:
+            self._guard_pieces(unit)
 
     def begin(self, turns: Turns) -> None:
         """A step begins."""
+        self.overflow = None
         self.turns = turns
         self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs) for u in self.units}
         self.sums: dict[int, Sums] = {u: new_tree(turns.twigs) for u in self.mine}
@@ -206,32 +220,66 @@ class Gradients:
         last = self._last(leaf)
         ops = [r.op for r in self.rules if last or not r.last]
         self._learn_weights(leaf)
+        self.wait_for(unit)  # those of the turn before
         flow = self._journey(unit, ops, leaf)
         first = next(flow, None)
         if first is not None:
-            self.flows.append(Journey(flow, first, unit.numel * unit.dtypes.reduce.itemsize))
-        while sum(j.nbytes for j in self.flows) > IN_FLIGHT and len(self.flows) > 1:
-            self._continue(self.flows[0])
+            self.flows[unit.index] = Journey(flow, first, unit.numel * unit.dtypes.reduce.itemsize)
+        while sum(j.nbytes for j in self.flows.values()) > IN_FLIGHT and self._moving() not in (None, unit.index):
+            self._continue(self._moving())
+
+    def _moving(self) -> int | None:
+        """The oldest on its way to a gate, or to its end where there are none.
+
+        Waiting for it, not for any other, is what no ranks can do in a circle: all have started them in one order, and
+        who waits for a later one has brought this one as far as others need it.
+        """
+        return next((i for i, j in self.flows.items() if not j.through and not isinstance(j.pending, Gate)), None)
+
+    def all_started(self, order: Sequence[int]) -> None:
+        """No more will come in this step: what is behind gates may go on in this order, when all have come there."""
+        self.order = order
 
     def progress(self) -> None:
-        """Bring everything as far as it gets without waiting."""
-        for journey in list(self.flows):
-            while journey in self.flows and journey.pending.ready():
-                self._continue(journey)
+        """Bring everything as far as it gets without waiting; nothing, where what is ready first must not go first."""
+        for index in list(self.flows) if not self.ordered else ():
+            while index in self.flows and self.flows[index].pending.ready():
+                self._continue(index)
+        if self.order and self._moving() is None:
+            for index in self.order:
+                if index in self.flows and not self.flows[index].through:
+                    self.flows[index].through = True
+                    self._continue(index)
+            self.order = ()
+
+    def under_way(self, unit: Unit) -> bool:
+        return unit.index in self.flows
+
+    def wait_for(self, unit: Unit) -> None:
+        """Until a unit's gradients are where they have to be."""
+        while unit.index in self.flows:
+            self.progress()
+            if unit.index in self.flows:
+                through = self.flows[unit.index].through
+                self._continue(unit.index if through else self._moving())
 
     def finish(self) -> None:
         """Wait for all that is under way."""
+        self.order = list(self.flows)
         while self.flows:
             self.progress()
-            if self.flows:
-                self._continue(self.flows[0])
+            first = next(iter(self.flows), None)
+            self._continue(first if first is not None and self.flows[first].through else self._moving())
 
-    def _continue(self, journey: Journey) -> None:
+    def _continue(self, index: int | None) -> None:
         """Bring a journey one stage further."""
+        if index is None:
+            return
+        journey = self.flows[index]
         journey.pending.wait()
         following = next(journey.flow, None)
         if following is None:
-            self.flows.remove(journey)
+            del self.flows[index]
         else:
             journey.pending = following
 
@@ -242,12 +290,13 @@ class Gradients:
         """Inside a copy every owner gets its shard of all partial sums; then copies agree on the step's gradient."""
         came: Pending | None = None
         key = f"unit {unit.index} turn {leaf.serial}"  # each rank goes on as soon as it can
+        turns, tree = self.turns, self.sums[unit.index]  # of this step; a next one may have begun when all is done
         if Op.REDUCE in ops:
-            came = yield from self._reduce(unit, leaf.turn, key)
+            came = yield from self._reduce(unit, tree, leaf.turn, key)
         if Op.AGREE in ops:
-            yield from self._agree(unit, key, borrowed=came is not None)
+            yield from self._agree(unit, tree, turns, key, borrowed=came is not None)
         else:
-            own(self.sums[unit.index])
+            own(tree)
         if came is not None:
             came.release()
 
@@ -269,26 +318,22 @@ class Gradients:
             theirs = turns.of(self.mesh.cell_of(rank))
             turns.learn(dict(zip(theirs, struct.unpack_from(f"<{len(theirs)}d", answer), strict=True)))
 
-    def _reduce(self, unit: Unit, turn: int, key: str) -> Generator[Pending, None, Pending | None]:
+    def _reduce(self, unit: Unit, tree: Sums, turn: int, key: str) -> Generator[Pending, None, Pending | None]:
         shard = self.mesh.shard
-        mine, tree = drain(self.mine[unit.index]), self.sums[unit.index]
+        mine = drain(self.mine[unit.index])
         first = self.mesh.cell - shard.rank
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
         return (yield from swap(shard, "reduce", unit.layout.bounds, unit.runs, mine, theirs, tree, like, key))
 
-    def _agree(self, unit: Unit, key: str, *, borrowed: bool) -> Flow:
+    def _agree(self, unit: Unit, tree: Sums, turns: Turns, key: str, *, borrowed: bool) -> Flow:
         """`borrowed`: the sums lie in memory that others lend us."""
-        copies, turns = self.mesh.copies, self.turns
+        copies = self.mesh.copies
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
         start, stop = unit.mine.start, unit.mine.stop
         runs = between(unit.runs, start, stop)
-        sums = drain(self.sums[unit.index])
         if copies.size == 1 and borrowed:
-            tree = new_tree(turns.twigs)
-            for node, weighed in sums:
-                tree.put(node, weighed)
             flat = self.pool.take(stop - start, like.dtype, like.device)
             self.results[unit.index] = keep(tree.take(), turns.total, runs, start, flat, self.pool)
             return
@@ -296,30 +341,31 @@ class Gradients:
             self.commons[unit.index] = copies.common(stop - start, like.dtype, like.device)
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
         bounds = even_bounds(start, stop, copies.size)
+        gate = Gate() if self.gated else None
         self.results[unit.index] = yield from agree(
-            copies, bounds, runs, sums, theirs, turns.total, turns.twigs, self.pool, like, self.commons[unit.index], key
-        )
+            copies, bounds, runs, drain(tree), theirs, turns.total, turns.twigs, self.pool, like,
+            self.commons[unit.index], key, gate,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- at the end of a step
 
-    def hand_out(self, touched: set[str], *, apart: bool) -> None:
-        """Give the pieces of the parameters in `touched` the step's gradients.
+    def hand_out(self, unit: Unit, touched: Collection[str], *, apart: bool) -> None:
+        """Give the pieces of a unit's parameters in `touched` the step's gradients.
 
         Args:
             apart: none may lie in memory of several ranks: whoever updates might write to them.
         """
         self.in_common = not apart
-        for unit in self.units:
-            mean, start = self.results[unit.index], unit.mine.start
-            unit.widen()
-            for p in unit.owned:
-                piece = unit.pieces[p.name]
-                if mean.strips is None or p.name not in touched:
-                    piece.grad = None
-                else:
-                    at = start + p.at
-                    grad = mean.between(at, at + p.numel).view(piece.shape)
-                    piece.grad = grad.clone() if apart and mean.common is not None else grad.to(piece.dtype)
+        mean, start = self.results[unit.index], unit.mine.start
+        unit.widen()
+        for p in unit.owned:
+            piece = unit.pieces[p.name]
+            if mean.strips is None or p.name not in touched:
+                piece.grad = None
+            else:
+                at = start + p.at
+                grad = mean.between(at, at + p.numel).view(piece.shape)
+                piece.grad = grad.clone() if apart and mean.common is not None else grad.to(piece.dtype)
 
     def multiply(self, factor: float) -> None:
         """All gradients that were handed out. Collective."""
@@ -334,18 +380,16 @@ class Gradients:
                 part.mul_(factor)
         _meet_in(together)
 
-    def forget(self) -> None:
-        """The optimizer has stepped."""
-        self._guard_pieces()
-        self.overflow = None
-        for mean in self.results.values():
-            if mean.flat is not None:
-                self.pool.give(mean.flat)
-        self.results.clear()
+    def forget(self, unit: Unit) -> None:
+        """The unit is updated."""
+        self._guard_pieces(unit)
+        mean = self.results.pop(unit.index)
+        if mean.flat is not None:
+            self.pool.give(mean.flat)
 
-    def _guard_pieces(self) -> None:
+    def _guard_pieces(self, unit: Unit) -> None:
         """Pieces have gradients from the end of a step's last leaf to the update only."""
-        for piece, guard in self.piece_guards:
+        for piece, guard in self.piece_guards[unit.index]:
             piece.grad = guard
 
 

@@ -66,6 +66,22 @@ def guard_model(engine: Engine) -> list[Handle]:
     return handles
 
 
+def bring_up_to_date(engine: Engine, optimizers: Iterable[Optimizer]) -> list[Handle]:
+    """Before state is read or written that a pending update will change."""
+
+    def flush(*_: object) -> None:
+        engine.updates.flush()
+
+    handles: list[Handle] = []
+    for optimizer in optimizers:
+        handles.append(optimizer.register_state_dict_pre_hook(flush))
+        handles.append(optimizer.register_load_state_dict_pre_hook(flush))
+    for module in engine.model.modules():
+        handles.append(module.register_state_dict_pre_hook(flush))
+        handles.append(module.register_load_state_dict_pre_hook(flush))
+    return handles
+
+
 class Uncopied:
     """Lets `copy.deepcopy` make a plain copy of a prepared module, without shoal's hooks, where its values are whole.
 
@@ -84,6 +100,7 @@ class Uncopied:
 
     def _copier(self, module: nn.Module) -> Callable[[dict[int, object]], nn.Module]:
         def copier(memo: dict[int, object]) -> nn.Module:
+            self.engine.updates.flush()
             away = not self.engine.leased and any(not u.resident for u in self.engine.units)
             if away and next(module.parameters(), None) is not None:
                 raise AwayError(

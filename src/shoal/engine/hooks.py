@@ -40,7 +40,7 @@ def install(engine: Engine, compute: torch.dtype, keep: Sequence[nn.Module] = ()
     for unit in engine.units:
         blocks.setdefault(unit.module, []).append(unit)
     for block, units in blocks.items():
-        if engine.gathers or engine.overlap or compute != torch.float32:
+        if engine.gathers or engine.overlap or engine.gradients.gated or compute != torch.float32:
             handles += _block(engine, block, units, compute)
         for unit in units:
             if unit.trainable:

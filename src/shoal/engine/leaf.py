@@ -35,6 +35,7 @@ class Leaf:
     serial: int
     cursor: Cursor | None
     record: Record = field(default_factory=Record)
+    entered: list[int] = field(default_factory=list[int])  # units in the order of the forward, in a leaf without a plan
     fresh: set[int] = field(default_factory=set[int])  # units that got gradients since they were last complete
     done: set[int] = field(default_factory=set[int])  # units whose gradients are taken
     touched: set[str] = field(default_factory=set[str])

@@ -44,6 +44,13 @@ def writes_gradients(optimizer: Optimizer) -> bool:
     return type(optimizer) not in _LEAVE_GRADIENTS or several or any(hooks)
 
 
+def by_units(optimizer: Optimizer) -> bool:
+    """May its `step()` be taken unit by unit? Nobody must see that it is called several times."""
+    hooks = (getattr(optimizer, f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
+    torch_own = f"{type(optimizer).__module__}.".startswith("torch.optim.")
+    return torch_own and type(optimizer).__name__ in _ELEMENTWISE and not any(hooks)
+
+
 def granule(optimizer: Optimizer, elementwise: bool | None) -> int:
     """At which multiples of elements the optimizer's parameters may be cut; 0: nowhere.
 

@@ -12,6 +12,7 @@ from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf
 from shoal.engine.schedule import Act
 from shoal.engine.unit import Unit
+from shoal.engine.updates import Updates
 from shoal.errors import AwayError, PlanError
 
 
@@ -23,9 +24,13 @@ class Presence:
         meeting: where ranks agree on what no plan says.
         number: of the model in its job.
         gradients: which the plan's order of collectives includes.
+        updates: without which parameters are not current.
     """
 
-    def __init__(self, units: Sequence[Unit], meeting: Meeting, number: int, gradients: Gradients) -> None:
+    def __init__(
+        self, units: Sequence[Unit], meeting: Meeting, number: int, gradients: Gradients, updates: Updates
+    ) -> None:  # fmt: skip
+        self.updates = updates
         self.units, self.by_index = units, {u.index: u for u in units}
         self.meeting, self.number, self.gradients = meeting, number, gradients
         self.leaf: Leaf | None = None
@@ -93,6 +98,7 @@ class Presence:
         if unit is None:
             return
         before = unit.here
+        self.updates.bring(unit)
         unit.gather()
         unit.wait()
         if not before and self._wanted != index:
@@ -127,6 +133,7 @@ class Presence:
         unit = self.by_index[entry.unit]
         if entry.act is Act.GATHER:
             leaf.again[entry.unit] = entry.keep
+            self.updates.bring(unit)
             unit.gather()
         else:
             self.gradients.take(unit, leaf)
@@ -148,7 +155,7 @@ class Presence:
         if leaf is None or leaf.cursor is None or any(u.coming for u in self.units):
             return
         entry = leaf.cursor.next
-        if entry and entry.act is Act.GATHER:
+        if entry and entry.act is Act.GATHER and self.updates.ready(self.by_index[entry.unit]):
             self.advance()
 
 

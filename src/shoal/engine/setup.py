@@ -23,7 +23,7 @@ from shoal.engine.cells import local
 from shoal.engine.compiling import check_uncompiled, compile_blocks
 from shoal.engine.engine import Engine
 from shoal.engine.fill import Fill, Filler
-from shoal.engine.guards import Uncopied, guard_model, guard_optimizer
+from shoal.engine.guards import Uncopied, bring_up_to_date, guard_model, guard_optimizer
 from shoal.engine.hooks import install
 from shoal.engine.precision import compute_dtype, keepers, kept
 from shoal.engine.scale import LossScale
@@ -47,6 +47,7 @@ class Wanted:
     mesh: Mesh
     meeting: Meeting
     overlap: bool
+    pending: bool
     units: Sequence[str] | None
     elementwise: bool | None
     float32: Sequence[str]
@@ -90,12 +91,16 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
         overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None,
     )  # fmt: skip
     engine.say = w.say
+    engine.gradients.gated = w.pending
     handles = install(engine, compute_dtype(s), kept(model, w.float32))
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
+    binding.later = w.pending
     if w.mesh.shard.size > 1:
         handles += [handle for optimizer in optimizers for handle in guard_optimizer(optimizer)]
     handles += guard_model(engine)
+    if w.pending:
+        handles += bring_up_to_date(engine, optimizers)
     if w.compile is not False:
         options = dict[str, object]() if w.compile is True else w.compile
         handles += compile_blocks(units, options, w.mesh.world.carrier)

@@ -195,7 +195,7 @@ def keep(total: Weighed[Sum], weights: float, runs: Runs, start: int, flat: Tens
 def agree(
     group: Group, bounds: Sequence[int], runs: Runs, mine: list[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known],
     weights: float, leaves: int, pool: Pool, like: Tensor, common: Common | None = None,
-    key: str = "",
+    key: str = "", gate: Pending | None = None,
 ) -> Generator[Pending, None, Mean]:  # fmt: skip
     """The step's gradient on every member of `group`, from what each of them has summed up.
 
@@ -204,6 +204,7 @@ def agree(
     Args:
         common: memory of the whole group for the result, if there is.
         key: see `Group.swap`.
+        gate: is waited for before the result goes to all.
     """
     start, stop, me = bounds[0], bounds[-1], group.rank
     tree = new_tree(leaves)
@@ -223,6 +224,8 @@ def agree(
     pending.release()
     if part.strips is None:  # on all members
         return Mean(runs, None)
+    if gate is not None:
+        yield gate
     yield group.gather("agree", whole, [b - start for b in bounds], key and f"{key} whole")
     return Mean(runs, lying_in(whole, runs, start), whole)
 

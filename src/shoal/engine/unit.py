@@ -165,6 +165,9 @@ class Unit:
         self.shown = {n: local(p).data_ptr() for n, p in self.params.items()}
         self.versions = {n: p._version for n, p in self.params.items()}
 
+    def _show_holes(self) -> None:
+        self._show({n: h.expand(self.params[n].shape) for n, h in zip(self.params, self.holes.unbind(), strict=True)})
+
     def check_shown(self) -> None:
         """Raises `AwayError` when somebody has put other tensors in place of what is shown: they would not count."""
         replaced = [n for n, p in self.params.items() if local(p).data_ptr() != self.shown[n]]
@@ -185,8 +188,14 @@ class Unit:
                 remedy="with job.whole(model, write=True): ...",
             )
 
-    def gather(self) -> None:
-        """Start to bring the whole together. `wait` makes it usable."""
+    def hide(self) -> None:
+        """The whole is outdated until the next gather."""
+        if self.here:
+            self.here = False
+            self._show_holes()
+
+    def gather(self, key: str = "") -> None:
+        """Start to bring the whole together. `wait` makes it usable. `key`: see `Group.swap`."""
         if self.coming is not None:
             self.wait()
         if self.common is not None:
@@ -196,7 +205,7 @@ class Unit:
         if storage.nbytes() == 0:
             storage.resize_(self.whole.numel() * self.whole.element_size())
         self._fill()
-        self.coming = self.shard.gather("gather", self.whole.detach(), self.layout.bounds)
+        self.coming = self.shard.gather("gather", self.whole.detach(), self.layout.bounds, key)
 
     def _fill(self) -> None:
         """This rank's part of the whole, from the masters."""
@@ -228,7 +237,7 @@ class Unit:
         if self.coming is not None:
             self.wait()
         self.here = False
-        self._show({n: h.expand(self.params[n].shape) for n, h in zip(self.params, self.holes.unbind(), strict=True)})
+        self._show_holes()
         if self.common is None:
             self.whole.untyped_storage().resize_(0)
 
