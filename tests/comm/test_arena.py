@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,12 +29,11 @@ def pages(arena: Arena) -> int:
     return os.fstat(arena.fd).st_blocks * 512
 
 
-
 def test_no_two_overlap_and_none_lies_in_what_is_reserved(arena: Arena) -> None:
     sizes = [1, 256, 257, 4096, 5000, 100_000, 3, 4096]
     taken = sorted((arena.take(n), n) for n in sizes)
     assert taken[0][0] >= RESERVED
-    assert all(a + n <= b for (a, n), (b, _) in zip(taken, taken[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(taken))
     assert all(at % 256 == 0 for at, _ in taken)
 
 

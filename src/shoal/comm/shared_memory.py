@@ -14,6 +14,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from shoal.comm.group import Box, Common, Done, Like, Parcel, Pending, Strips, n
 from shoal.comm.pairwise import Gloo
 from shoal.comm.rings import CLOSED, FAILED, INLINE, Message, Ring
 from shoal.comm.watch import TICK
+from shoal.errors import PeerError
 
 _SPINS = 200
 _YIELD = 0.005
@@ -86,11 +88,17 @@ class Shared:
 
     def close(self) -> None:
         if not self.failed:
+            with suppress(PeerError):  # they need it no more
+                self.until(self._owes, "close")
             self.arena.words[0] = CLOSED
         self.far.close()
         self.arena.close()
         for neighbour in self.near.values():
             os.close(neighbour.life)
+
+    def _owes(self) -> int | None:
+        """A rank for which something still waits for room."""
+        return next((rank for rank, (ring, _) in self.near.items() if ring.backlog), None)
 
     # ---------------------------------------------------------------- memory
 
