@@ -34,7 +34,7 @@ NOWHERE = Address(0, 2, "127.0.0.1", 1, False)
 
 def staged_training(strategy: str) -> Outcome | None:
     """As if the CPU were a device that only host memory leads to."""
-    token = current.set(Staged(find_carrier(20.0)[0], pinned=False))
+    token = current.set(Staged(find_carrier(20.0, "gloo")[0], pinned=False))
     try:
         return trainer(strategy, leaves=4)(0)
     finally:
@@ -134,7 +134,7 @@ def test_a_device_is_told_that_the_job_has_failed() -> None:
 
 def shared_end() -> tuple[bool, bool]:
     """Host and device over one carrier, closed in good order."""
-    gloo = find_carrier(TIMEOUT)[0]
+    gloo = find_carrier(TIMEOUT, "gloo")[0]
     both = Routed(gloo, Staged(gloo, pinned=False))
     Group("all", range(2), both).share("all", b"here")
     both.close()
@@ -279,7 +279,7 @@ def test_each_pair_of_ranks_counts_for_itself() -> None:
 
 
 def joined(timeout: float) -> tuple[Gloo, Reductions]:
-    carrier: Carrier = find_carrier(timeout)[0]
+    carrier: Carrier = find_carrier(timeout, "gloo")[0]
     assert isinstance(carrier, Gloo)
     return carrier, Reductions(carrier, carrier.group, streams=False)
 

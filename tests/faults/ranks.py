@@ -17,6 +17,7 @@ import shoal
 from shoal import start
 from shoal.checkpoint import write
 from shoal.comm import watch
+from shoal.comm.shared_memory import Seen
 from shoal.errors import ShoalError
 from tests.pool import Result
 
@@ -70,14 +71,20 @@ def net() -> nn.Module:
     return nn.Sequential(*(nn.Sequential(nn.Linear(65, 65), nn.Tanh()) for _ in range(3)))
 
 
-def program(strategy: str, moment: str, deed: str, rank: int, folder: str, ranks_per_copy: int | None = None) -> str:
+CARRIERS = ("gloo", "shared")
+
+
+def program(
+    carrier: str, strategy: str, moment: str, deed: str, rank: int, folder: str, ranks_per_copy: int | None = None
+) -> str:
     """Train 5 steps; from step 2 on `rank` waits for its moment.
 
     Moments: "between", "forward", "gradient" (a hook in backward), "clip", "save" (a file is being written), "whole",
-    "end"; or "before VERB" and "after VERB" of a transfer.
+    "end"; or "before VERB" and "after VERB" of a transfer; or "before seen" and "after seen" of a wait for memory that
+    the ranks of a host have in common.
     """
     grid = {} if ranks_per_copy is None else {"ranks_per_copy": ranks_per_copy}
-    with timed(), shoal.init(strategy, run_dir="none", timeout=TIMEOUT, **grid) as job:
+    with timed(), shoal.init(strategy, run_dir="none", timeout=TIMEOUT, carrier=carrier, **grid) as job:
         model, at = net(), Moment(moment, deed, folder)
         model, optimizer = job.prepare(model, torch.optim.Adam(model.parameters()))
         model[0].register_forward_pre_hook(lambda *_: at.come("forward"))
@@ -111,8 +118,18 @@ def transfers_told(job: shoal.Job, at: Moment) -> Iterator[None]:
         at.come(f"after {verb}")
         return pending
 
-    carrier.post = told
-    yield
+    def seen(self: Seen) -> object:
+        at.come("before seen")
+        pending = current(self)
+        at.come("after seen")
+        return pending
+
+    current = Seen.current
+    carrier.post, Seen.current = told, seen
+    try:
+        yield
+    finally:
+        Seen.current = current
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import shoal
 
-job = shoal.init("zero3", run_dir="none", timeout=3)
+job = shoal.init("zero3", run_dir="none", timeout=3, carrier="{carrier}")
 model = torch.nn.Sequential(*(torch.nn.Linear(65, 65) for _ in range(3)))
 model, optimizer = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
 step = 0
@@ -49,8 +49,8 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def script(deed: str, rank: int = 1, steps: int = 5) -> str:
-    Path("train.py").write_text(TRAIN.format(deed=deed, rank=rank, steps=steps))
+def script(deed: str, rank: int = 1, steps: int = 5, carrier: str = "auto") -> str:
+    Path("train.py").write_text(TRAIN.format(deed=deed, rank=rank, steps=steps, carrier=carrier))
     return "train.py"
 
 
@@ -60,20 +60,23 @@ def when(outcome: Outcome, rank: int) -> float:
 
 
 RAISED = "rank {} failed:\nTraceback (most recent call last):\n"
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 CASES = [
-    ("raise ValueError('boom')", 1, 1, RAISED, "rank {} failed"),
-    ("sys.exit(3)", 1, 1, "rank {} left with exit code 3\n", "rank {} has finished and closes the job"),
-    ("os.kill(os.getpid(), signal.SIGKILL)", 0, 1, "rank {} was killed by SIGKILL\n", "rank {} is gone"),
-    ("raise shoal.errors.BatchError('boom')", 0, 2, RAISED, "rank {} failed"),
+    ("gloo", "raise ValueError('boom')", 1, 1, RAISED, "rank {} failed"),
+    ("shared", "raise ValueError('boom')", 1, 1, RAISED, "rank {} failed"),
+    ("gloo", "sys.exit(3)", 1, 1, "rank {} left with exit code 3\n", "rank {} has finished and closes the job"),
+    ("gloo", KILL, 0, 1, "rank {} was killed by SIGKILL\n", "rank {} is gone"),
+    ("shared", KILL, 0, 1, "rank {} was killed by SIGKILL\n", "rank {} is gone"),
+    ("shared", "raise shoal.errors.BatchError('boom')", 0, 2, RAISED, "rank {} failed"),
 ]
 
 
-@pytest.mark.parametrize(("deed", "rank", "code", "first", "others"), CASES)
+@pytest.mark.parametrize(("carrier", "deed", "rank", "code", "first", "others"), CASES)
 def test_its_own_story_comes_first(
-    deed: str, rank: int, code: int, first: str, others: str, capfd: pytest.CaptureFixture[str]
+    carrier: str, deed: str, rank: int, code: int, first: str, others: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The launcher ends others after 2 s: they must have ended by themselves before."""
-    outcome = launch([script(deed, rank)], workers=2, run_dir="none")
+    outcome = launch([script(deed, rank, carrier=carrier)], workers=2, run_dir="none")
     err = capfd.readouterr().err
     told = err[err.index(first.format(rank)) :]
     assert f"\nrank {1 - rank}: shoal.errors.PeerLost: shoal[E30] {others.format(rank)}; rank {1 - rank} was in" in told
@@ -88,7 +91,7 @@ def test_its_own_story_comes_first(
 
 def test_a_finished_rank_s_early_end_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     """`sys.exit(0)` in mid-step, seen only while its interpreter ends."""
-    outcome = launch([script("sys.exit(0)", rank=0)], workers=2, run_dir="none")
+    outcome = launch([script("sys.exit(0)", rank=0, carrier="gloo")], workers=2, run_dir="none")
     assert [end.code for end in outcome.ranks] == [0, 1]
     assert outcome.exit_code == 1
     err = capfd.readouterr().err

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import shoal
 from shoal.errors import PeerLost, StalledError
-from tests.faults.ranks import SLACK, TIMEOUT, Boom, after, net, program, timed
+from tests.faults.ranks import CARRIERS, SLACK, TIMEOUT, Boom, after, net, program, timed
 from tests.pool import Pool, Result
 
+on_every_carrier = pytest.mark.parametrize("carrier", CARRIERS)
 TABLE = "nobody moved for 3 s; the last marks are\n"
 HELP = (
     "\n  cause: ranks do different things, or one of them is stuck or stopped"
@@ -25,20 +26,22 @@ HELP = (
 
 
 def all_at_once(
-    pool: Pool, folder: Path, cases: list[tuple[str, str, str, int]], *, world: int = 2, grace: float = 2 * SLACK
-) -> list[tuple[Path, list[Result]]]:
+    pool: Pool, carrier: str, folder: Path, cases: list[tuple[str, str, str, int]], *,
+    world: int = 2, grace: float = 2 * SLACK,
+) -> list[tuple[Path, list[Result]]]:  # fmt: skip
     """They mostly sleep."""
     folders = [folder / str(n) for n in range(len(cases))]
     for made in folders:
         made.mkdir()
-    running = [pool.start(program, *case, str(f), world=world) for case, f in zip(cases, folders, strict=True)]
+    running = [pool.start(program, carrier, *case, str(f), world=world) for case, f in zip(cases, folders, strict=True)]
     return [(f, r.results(TIMEOUT + 12, grace=grace)) for f, r in zip(folders, running, strict=True)]
 
 
-def test_a_rank_is_stopped(pool: Pool, tmp_path: Path) -> None:
+@on_every_carrier
+def test_a_rank_is_stopped(carrier: str, pool: Pool, tmp_path: Path) -> None:
     """Rank 0 of the second job serves the store, where the marks are."""
     cases = [("zero3", "between", "stop", 1), ("zero2", "after reduce", "stop", 0), ("ddp", "save", "stop", 1)]
-    first, second, saving = all_at_once(pool, tmp_path, cases, grace=0.2)
+    first, second, saving = all_at_once(pool, carrier, tmp_path, cases, grace=0.2)
     error = stalled(*first, 0)
     waits = "    rank 0 waits in 'meet world #19' (begins leaf turn 2)\n"
     stands = "    rank 1 runs since 'norm copy #2' (has done step 1)"
@@ -63,18 +66,26 @@ def stalled(folder: Path, results: list[Result], rank: int) -> StalledError:
     return error
 
 
-def test_one_of_three_is_stopped(pool: Pool, tmp_path: Path) -> None:
-    ((folder, results),) = all_at_once(pool, tmp_path, [("zero3", "forward", "stop", 1)], world=3, grace=SLACK)
+@pytest.mark.parametrize(
+    ("carrier", "strategy", "moment", "verb"),
+    [("gloo", "zero3", "forward", "gather"), ("shared", "zero2", "before reduce", "reduce")],
+)
+def test_one_of_three_is_stopped(
+    carrier: str, strategy: str, moment: str, verb: str, pool: Pool, tmp_path: Path
+) -> None:
+    cases = [(strategy, moment, "stop", 1)]
+    ((folder, results),) = all_at_once(pool, carrier, tmp_path, cases, world=3, grace=SLACK)
     errors = [stalled(folder, results, rank) for rank in (0, 2)]
     assert str(errors[0]) == str(errors[1])  # the first one's word
-    assert "    rank 0 waits in 'gather shard #" in errors[0].what
+    assert f"    rank 0 waits in '{verb} shard " in errors[0].what
     assert "    rank 1 runs since '" in errors[0].what
 
 
-def test_a_rank_works_too_long(pool: Pool, tmp_path: Path) -> None:
+@on_every_carrier
+def test_a_rank_works_too_long(carrier: str, pool: Pool, tmp_path: Path) -> None:
     """It hears of it when it comes back."""
     cases = [("zero3", "forward", "nap", 1), ("ddp", "between", "compute", 0)]
-    for (folder, results), busy in zip(all_at_once(pool, tmp_path, cases), (1, 0), strict=True):
+    for (folder, results), busy in zip(all_at_once(pool, carrier, tmp_path, cases), (1, 0), strict=True):
         error, late = stalled(folder, results, 1 - busy), results[busy].exception
         assert f"    rank {busy} runs since '" in error.what
         assert f"    rank {1 - busy} waits in '" in error.what
@@ -83,10 +94,11 @@ def test_a_rank_works_too_long(pool: Pool, tmp_path: Path) -> None:
         assert after(folder, results[busy]) < TIMEOUT + SLACK
 
 
-def test_a_lease_stops_the_count(pool: Pool, tmp_path: Path) -> None:
+@on_every_carrier
+def test_a_lease_stops_the_count(carrier: str, pool: Pool, tmp_path: Path) -> None:
     """One rank alone works for longer than the time-out, under a lease."""
     cases = [("zero3", "whole", "nap", 0), ("ddp", "save", "nap", 1)]
-    for folder, results in all_at_once(pool, tmp_path, cases):
+    for folder, results in all_at_once(pool, carrier, tmp_path, cases):
         assert [r.value for r in results] == ["finished"] * 2, results
         assert time.monotonic() - float((folder / "done").read_text()) > TIMEOUT
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from shoal.errors import EnvironmentFault
+
 _PAGE = mmap.PAGESIZE
 _LARGE = 2**25
 """Bytes of a buffer of which only one waits with its pages to be used again."""
@@ -81,18 +83,23 @@ class Arena(View):
 
     def take(self, nbytes: int, *, fresh: bool = False) -> int:
         """The offset of so many bytes; `fresh`: of zeros."""
-        size = _up(nbytes, _PAGE if nbytes >= _PAGE else 256)
+        size = _room_for(nbytes)
         waiting = [] if fresh else self.free.get(size)
         if not waiting and not fresh and self.lent:
             self._call_in()
             waiting = self.free.get(size)
-        if waiting:
-            offset = waiting.pop()
-        else:
-            offset, self.end = self.end, self.end + _up(size, 256)
-            if self.end > self.nbytes:
-                raise MemoryError(f"shared memory of {self.nbytes >> 20} MiB is full")
+        offset = waiting.pop() if waiting else self._new(size)
         self.taken[offset] = size
+        return offset
+
+    def _new(self, size: int) -> int:
+        if self.end + size > self.nbytes:
+            raise EnvironmentFault(
+                f"{size >> 10} KiB do not fit into what is left of {self.nbytes >> 20} MiB of shared memory",
+                cause="tensors under way and shards take more memory than this host has",
+                remedy='fewer ranks on this host, or carrier="gloo"',
+            )
+        offset, self.end = self.end, self.end + size
         return offset
 
     def give(self, offset: int, idle: Callable[[], bool]) -> None:
@@ -115,6 +122,11 @@ class Arena(View):
     def close(self) -> None:
         """Others that have mapped it keep it."""
         os.close(self.fd)
+
+
+def _room_for(nbytes: int) -> int:
+    """Sizes of which there are few, so that what was given back fits again. Pages that nobody writes cost nothing."""
+    return _up(nbytes, max(256, 2 ** max(0, nbytes.bit_length() - 4)))
 
 
 def _up(n: int, to: int) -> int:

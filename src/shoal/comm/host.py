@@ -39,12 +39,12 @@ def join_host(carrier: Gloo, *, wanted: bool) -> Gloo | Shared:
         EnvironmentFault: it was asked for, and there is none.
     """
     world = Group("world", range(carrier.size), carrier)
-    arena, why = _arena(carrier.size)
+    arena, here, why = _arena(carrier.size)
     nonce = secrets.token_bytes(_NONCE)
     card = bytes(32 + 16 + _NONCE)
     if arena is not None:
         arena.map[8 : 8 + _NONCE] = nonce
-        card = identity() + os.getpid().to_bytes(8, "little") + arena.fd.to_bytes(8, "little") + nonce
+        card = here + os.getpid().to_bytes(8, "little") + arena.fd.to_bytes(8, "little") + nonce
     cards = world.share("host", card)
     mates = [r for r, c in enumerate(cards) if arena is not None and c[:32] == card[:32]]
     views = {r: _view(cards[r], arena) for r in mates if r != carrier.rank and arena is not None}
@@ -54,34 +54,44 @@ def join_host(carrier: Gloo, *, wanted: bool) -> Gloo | Shared:
         why = why or "processes may not open each other's files under /proc"
         mates = []
     if len(mates) < 2:
-        if wanted:
-            why = why or "no other rank is on its host"
-            raise EnvironmentFault(
-                f"rank {carrier.rank} shares no memory with other ranks: {why}",
-                remedy='carrier="auto", or carrier="gloo"',
-            )
         if arena is not None:
             arena.close()
+        if wanted:
+            raise _refusal(carrier, why or "no other rank is on its host")
         return carrier
     assert arena is not None
     near: dict[int, Neighbour] = {}
     for rank, view in views.items():
         assert view is not None
-        ring = Ring(arena, view, mates.index(carrier.rank), mates.index(rank))
-        near[rank] = Neighbour(ring, os.pidfd_open(int.from_bytes(cards[rank][32:40], "little")))
+        ring = Ring(arena, view, mates.index(carrier.rank), mates.index(rank), rank)
+        try:
+            near[rank] = Neighbour(ring, os.pidfd_open(int.from_bytes(cards[rank][32:40], "little")))
+        except OSError as e:  # it has ended since
+            raise carrier.broken("host", rank, RuntimeError(e.strerror)) from None
     return Shared(carrier, near, arena)
 
 
-def _arena(ranks: int) -> tuple[Arena | None, str]:
-    """This rank's arena, or why there is none."""
+def _refusal(carrier: Gloo, why: str) -> EnvironmentFault:
+    """The other ranks hear of it too: some may have found neighbours."""
+    error = EnvironmentFault(
+        f"rank {carrier.rank} shares no memory with other ranks: {why}", remedy='carrier="auto", or carrier="gloo"'
+    )
+    carrier.fail(f"EnvironmentFault: {error}")
+    carrier.close()
+    return error
+
+
+def _arena(ranks: int) -> tuple[Arena | None, bytes, str]:
+    """This rank's arena and where it is, or why there is none."""
     if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
-        return None, "this system has no memfd or no pidfd"
+        return None, b"", "this system has no memfd or no pidfd"
     try:
-        arena = Arena(reserved(ranks))
+        os.close(os.pidfd_open(os.getpid()))
+        here, arena = identity(), Arena(reserved(ranks))
     except OSError as e:
-        return None, f"no memory can be mapped ({e.strerror})"
+        return None, b"", f"no memory can be mapped ({e.strerror})"
     arena.words[0] = ALIVE
-    return arena, ""
+    return arena, here, ""
 
 
 def _view(card: bytes, mine: Arena | None) -> View | None:

@@ -22,7 +22,8 @@ _HERE = 2**64 - 1
 _HEADER = 4096
 _PAIR = SLOTS * (_SLOT + 8)
 
-ALIVE, FAILED = 1, 2
+ALIVE, FAILED, CLOSED = 1, 2, 3
+"""What the first word of an arena says of its rank."""
 
 
 def reserved(ranks: int) -> int:
@@ -45,37 +46,50 @@ class Ring:
     Args:
         mine, theirs: the two arenas.
         me, other: their places among the ranks of the host.
+        rank: the other's in the job.
     """
 
-    def __init__(self, mine: Arena, theirs: View, me: int, other: int) -> None:
-        self.mine, self.theirs, self.fence = mine, theirs, Fence()
+    def __init__(self, mine: Arena, theirs: View, me: int, other: int, rank: int) -> None:
+        self.mine, self.theirs, self.rank, self.fence = mine, theirs, rank, Fence()
         self._out, self._out_done = _HEADER + other * _PAIR, (_HEADER + me * _PAIR + SLOTS * _SLOT) // 8
         self._in, self._in_done = _HEADER + me * _PAIR, (_HEADER + other * _PAIR + SLOTS * _SLOT) // 8
         self.sent, self.read = 0, 0
+        self.backlog: deque[tuple[int, int, int, int | bytes]] = deque()  # sent, for which there is no slot yet
         self.waiting: defaultdict[int, deque[Message]] = defaultdict(deque)
 
     # ---------------------------------------------------------------- out
-
-    def room(self) -> bool:
-        """Is the next slot done with?"""
-        return self.sent < SLOTS or self.done(self.sent + 1 - SLOTS)
 
     def done(self, number: int) -> bool:
         """Has the other rank done with that message?"""
         return self.theirs.words[self._out_done + number % SLOTS] >= number
 
     def send(self, tag: int, nbytes: int, where: int | bytes) -> int:
-        """Say that something lies at `where` of this rank's arena, or send the bytes themselves. There must be room."""
+        """Say that something lies at `where` of this rank's arena, or send the bytes themselves. Never waits."""
         self.sent += 1
-        number, at = self.sent, self._out + self.sent % SLOTS * _SLOT
+        self.backlog.append((self.sent, tag, nbytes, where))
+        self.flush()
+        return self.sent
+
+    def flush(self) -> None:
+        """Hand over what was sent, as far as slots are done with."""
+        while self.backlog and (self.backlog[0][0] <= SLOTS or self.done(self.backlog[0][0] - SLOTS)):
+            self._put(*self.backlog.popleft())
+
+    def _put(self, number: int, tag: int, nbytes: int, where: int | bytes) -> None:
+        at = self._out + number % SLOTS * _SLOT
         if isinstance(where, bytes):
             self.mine.map[at + _HEAD.size : at + _HEAD.size + nbytes] = where
         _HEAD.pack_into(self.mine.map, at, 0, tag, nbytes, _HERE if isinstance(where, bytes) else where)
         self.fence()
         self.mine.words[at // 8] = number
-        return number
 
     # ---------------------------------------------------------------- in
+
+    def has(self, tag: int) -> bool:
+        """Has such a message come?"""
+        if not self.waiting.get(tag):
+            self.look()
+        return bool(self.waiting.get(tag))
 
     def look(self) -> None:
         """Take in what has come."""
@@ -90,6 +104,13 @@ class Ring:
             if offset == _HERE:
                 offset = at + _HEAD.size
             self.waiting[tag].append(Message(self.read % SLOTS, number, nbytes, offset))
+
+    def take(self, tag: int) -> Message:
+        """The oldest such message. There must be one."""
+        message = self.waiting[tag].popleft()
+        if not self.waiting[tag]:
+            del self.waiting[tag]
+        return message
 
     def done_with(self, message: Message) -> None:
         self.fence()

@@ -1,7 +1,9 @@
 """Ranks of one host exchange through memory that they share; with those of other hosts another carrier speaks for them.
 
 What is sent is copied once, into memory of the sender that the receiver reads; not at all if it lies there already.
-Waiting spins shortly, then yields the processor, then sleeps.
+Waiting spins shortly, then yields the processor, then sleeps. A message holds its place among those under way until its
+receiver has copied it or let go of it; so who waits also takes in all else that comes, or two ranks that wait for
+different transfers could wait for each other.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import select
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -20,17 +23,24 @@ from torch import Tensor
 from shoal.comm.arena import Arena, Fence, View
 from shoal.comm.group import Box, Common, Done, Like, Parcel, Pending, Strips, new_strips
 from shoal.comm.pairwise import Gloo
-from shoal.comm.rings import FAILED, INLINE, Message, Ring
+from shoal.comm.rings import CLOSED, FAILED, INLINE, Message, Ring
 from shoal.comm.watch import TICK
+from shoal.errors import PeerError
 
 _SPINS = 200
 _YIELD = 0.005
 """Seconds of a wait until it sleeps between two looks."""
-_SLEEP = 0.0002
+_LONGER = 0.02
+"""By what share of itself sleeping may prolong a wait."""
+_SLEEP = 0.001
+"""Seconds of the longest sleep."""
 _MARK = 64
 """Bytes of a word that one rank writes and others read: a line of the cache."""
 _ALIVE = 0.02
 """Seconds between two looks at whether the others live."""
+
+Lacks = Callable[[], int | None]
+"""The rank for which something waits; None: for nobody any more."""
 
 
 class Neighbour(NamedTuple):
@@ -54,7 +64,8 @@ class Shared:
     def __init__(self, far: Gloo, near: Mapping[int, Neighbour], arena: Arena) -> None:
         self.far, self.near, self.arena = far, near, arena
         self.rank, self.size, self.sent, self.watch = far.rank, far.size, far.sent, far.watch
-        self.readers: dict[int, list[tuple[Ring, int]]] = {}  # of arena memory that was sent as it is, by its offset
+        self.readers: dict[int, list[tuple[Ring, int]]] = {}  # of arena memory that was sent, by its offset
+        self.under_way: list[Letters] = []  # those for which something is still to come from this host
         self._lives = select.poll()
         for neighbour in near.values():
             self._lives.register(neighbour.life, select.POLLIN)
@@ -78,10 +89,18 @@ class Shared:
         self.arena.words[0] = FAILED
 
     def close(self) -> None:
+        if not self.failed:
+            with suppress(PeerError):  # they need it no more
+                self.until(self._owes, "close")
+            self.arena.words[0] = CLOSED
         self.far.close()
         self.arena.close()
         for neighbour in self.near.values():
             os.close(neighbour.life)
+
+    def _owes(self) -> int | None:
+        """A rank for which something still waits for room."""
+        return next((rank for rank, (ring, _) in self.near.items() if ring.backlog), None)
 
     # ---------------------------------------------------------------- memory
 
@@ -91,11 +110,20 @@ class Shared:
         return self.arena.tensor(self.arena.take(numel * dtype.itemsize), numel, dtype)
 
     def idle(self, tensor: Tensor) -> bool:
-        offset = self.arena.offset_of(tensor) if tensor.device.type == "cpu" else None
-        if offset is None or offset not in self.readers:
-            return True
-        self.readers[offset] = [(ring, n) for ring, n in self.readers[offset] if not ring.done(n)]
-        return not self.readers[offset]
+        return self.reader(tensor) is None
+
+    def reader(self, tensor: Tensor) -> int | None:
+        """A rank that may still read some of it."""
+        start = self.arena.offset_of(tensor) if tensor.device.type == "cpu" else None
+        if start is None:
+            return None
+        for offset in [at for at in self.readers if start <= at < start + max(1, tensor.nbytes)]:
+            left = [(ring, number) for ring, number in self.readers[offset] if not ring.done(number)]
+            if left:
+                self.readers[offset] = left
+                return left[0][0].rank
+            del self.readers[offset]
+        return None
 
     def common(
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
@@ -111,12 +139,12 @@ class Shared:
                 self.near[peer].ring.send(tag, 8, offset.to_bytes(8, "little"))
         else:
             ring = self.near[ranks[0]].ring
-            self.until(lambda: self._has(ring, tag, 1), label)
-            message = ring.waiting[tag].popleft()
+            self.until(lambda: None if ring.has(tag) else ring.rank, label)
+            message = ring.take(tag)
             view = ring.theirs
             offset = view.words[message.offset // 8]
             ring.done_with(message)
-        return Seen(self, label, view, offset, ranks.index(self.rank), len(ranks), (numel, dtype))
+        return Seen(self, label, view, offset, ranks, (numel, dtype))
 
     # ---------------------------------------------------------------- transfers
 
@@ -142,14 +170,12 @@ class Shared:
     def _send(
         self, letters: Letters, ring: Ring, tag: int, strips: Strips, nbytes: int, staged: dict[tuple[int, ...], int]
     ) -> None:  # fmt: skip
-        if not ring.room():
-            self.until(ring.room, letters.label)
         if nbytes <= INLINE:
             ring.send(tag, nbytes, b"".join(map(_bytes, strips)))
             return
         offset = self.arena.offset_of(strips[0]) if len(strips) == 1 and strips[0].device.type == "cpu" else None
         if offset is None:
-            key = tuple(t.data_ptr() for t in strips)
+            key = tuple(x for t in strips for x in (t.data_ptr(), t.nbytes))
             if key not in staged:
                 staged[key] = self._stage(strips, nbytes)
             offset = staged[key]
@@ -173,43 +199,66 @@ class Shared:
 
     # ---------------------------------------------------------------- waiting
 
-    def _has(self, ring: Ring, tag: int, count: int) -> bool:
-        if len(ring.waiting[tag]) < count:
-            ring.look()
-        return len(ring.waiting[tag]) >= count
-
-    def until(self, done: Callable[[], bool], label: str) -> None:
-        """Return when it is done.
+    def until(self, lacks: Lacks, label: str) -> None:
+        """Return when nothing lacks.
 
         Raises:
-            PeerError: it will not be.
+            PeerError: something will.
         """
         for _ in range(_SPINS):
-            if done():
+            if lacks() is None:
                 return
         with self.watch.waiting(label):
             start = judged = lived = time.monotonic()
-            while not done():
+            while lacks() is not None:
                 now = time.monotonic()
                 if now - start < _YIELD:
                     os.sched_yield()
-                else:
-                    time.sleep(_SLEEP)
+                    continue
+                time.sleep(min(_SLEEP, _LONGER * (now - start)))
+                self.take_in()
                 if now - lived > _ALIVE:
                     lived = now
-                    self._check_alive(label)
+                    self._check_alive(lacks, label)
                 if now - judged > TICK:
                     judged = now
-                    if self.watch.judge() is not None:
-                        raise self.far.ended(label)
+                    self._check_job(lacks, label)
 
-    def _check_alive(self, label: str) -> None:
+    def take_in(self) -> None:
+        """What has come for other transfers, and hand over what waits for room."""
+        for ring, _ in self.near.values():
+            ring.flush()
+        for letters in tuple(self.under_way):
+            letters.lacks()
+
+    def _check_alive(self, lacks: Lacks, label: str) -> None:
         gone = {fd for fd, _ in self._lives.poll(0)}
-        for rank, (ring, life) in self.near.items():
-            if life in gone:
-                raise self.far.broken(label, rank, RuntimeError("its process has ended"))
-            if ring.theirs.words[0] == FAILED:
+        said = {rank: ring.theirs.words[0] for rank, (ring, _) in self.near.items()}
+        awaited = lacks()  # its last messages may have come just before
+        if awaited is None:
+            return
+        for rank, (_, life) in self.near.items():
+            if said[rank] == FAILED:
                 raise self.far.broken(label, rank, RuntimeError("it has failed"))
+            if life in gone and (said[rank] != CLOSED or rank == awaited):
+                raise self.far.broken(label, rank, RuntimeError("its process has ended"))
+
+    def _check_job(self, lacks: Lacks, label: str) -> None:
+        """What another rank has said; or, where nobody can be heard any more, that the awaited one has hung up."""
+        if self.watch.judge() is not None:
+            raise self.far.ended(label)
+        awaited = lacks()
+        lost = None if awaited is None else self.far.severed(awaited)
+        if lost is not None and lacks() is not None:
+            raise self.far.broken(label, *lost)
+
+
+class Awaited(NamedTuple):
+    """What is to come: the place of its box, from where, under which tag."""
+
+    place: int
+    ring: Ring
+    tag: int
 
 
 class Letters:
@@ -217,65 +266,68 @@ class Letters:
 
     def __init__(self, carrier: Shared, label: str, far: Pending, receives: Sequence[Box]) -> None:
         self.carrier, self.label, self.far, self.receives = carrier, label, far, receives
-        self.expected: list[tuple[Ring, int] | None] = []  # per box, if something comes for it from this host
         self.lent: list[Tensor] = []  # arena memory that was sent as it is
         self.read: list[tuple[Ring, Message]] = []
+        self.filled: dict[int, Strips] = {}  # by the place of the box
+        self.missing: list[Awaited] = []
         self.received: list[Strips] | None = None
         seen = Counter[int]()
-        for peer, box in receives:
+        for place, (peer, box) in enumerate(receives):
             sizes, dtype = _about(box)
             nbytes = sum(sizes) * dtype.itemsize
-            near = peer in carrier.near and nbytes > 0
-            tag = _tag(label, seen[peer], dtype, nbytes)
-            self.expected.append((carrier.near[peer].ring, tag) if near else None)
+            if peer in carrier.near and nbytes:
+                self.missing.append(Awaited(place, carrier.near[peer].ring, _tag(label, seen[peer], dtype, nbytes)))
+            elif peer in carrier.near:
+                self.filled[place] = new_strips(box) if isinstance(box, Like) else box
             seen[peer] += 1
-        self.missing = [e for e in self.expected if e is not None]
+        if self.missing:
+            carrier.under_way.append(self)
 
-    def _here(self) -> bool:
-        while self.missing:
-            ring, tag = self.missing[-1]
-            if not ring.waiting[tag]:
-                ring.look()
-                if not ring.waiting[tag]:
-                    return False
-            self.missing.pop()
-        return True
+    def lacks(self) -> int | None:
+        """Fill the boxes for which something has come. Whom the others wait for."""
+        if not self.missing:
+            return None
+        self.missing = [m for m in self.missing if not self._filled(m)]
+        if self.missing:
+            return self.missing[0].ring.rank
+        self.carrier.under_way.remove(self)
+        return None
 
     def ready(self) -> bool:
-        return self._here() and self.far.ready()
+        return self.lacks() is None and self.far.ready()
 
     def wait(self) -> Sequence[Strips]:
         if self.received is None:
-            self.carrier.until(self._here, self.label)
+            self.carrier.until(self.lacks, self.label)
             came = iter(self.far.wait())
-            boxes = zip(self.receives, self.expected, strict=True)
-            self.received = [self._open(peer, box, at, came) for (peer, box), at in boxes]
-            if not self.read:
-                for tensor in self.lent:
-                    self.carrier.until(lambda tensor=tensor: self.carrier.idle(tensor), self.label)
+            places = enumerate(self.receives)
+            self.received = [self.filled[at] if peer in self.carrier.near else next(came) for at, (peer, _) in places]
+            if not any(isinstance(box, Like) for _, box in self.receives):
+                self.carrier.until(self._reader, self.label)
         return self.received
 
-    def _open(self, peer: int, box: Strips | Like, at: tuple[Ring, int] | None, far: Iterator[Strips]) -> Strips:
-        if at is None:
-            if peer not in self.carrier.near:
-                return next(far)
-            return new_strips(box) if isinstance(box, Like) else box
-        ring, tag = at
-        message = ring.waiting[tag].popleft()
-        if not ring.waiting[tag]:
-            del ring.waiting[tag]
+    def _reader(self) -> int | None:
+        return next((r for t in self.lent if (r := self.carrier.reader(t)) is not None), None)
+
+    def _filled(self, awaited: Awaited) -> bool:
+        place, ring, tag = awaited
+        if not ring.has(tag):
+            return False
+        message, box = ring.take(tag), self.receives[place][1]
         sizes, dtype = _about(box)
         parts = torch.split(ring.theirs.tensor(message.offset, sum(sizes), dtype), list(sizes))
         if isinstance(box, Like) and box.device.type == "cpu":
             self.read.append((ring, message))
-            return parts
+            self.filled[place] = parts
+            return True
         if isinstance(box, Like):
             box = new_strips(box)
         with torch.no_grad():
             for mine, theirs in zip(box, parts, strict=True):
                 mine.copy_(theirs.view(mine.shape))
         ring.done_with(message)
-        return box
+        self.filled[place] = box
+        return True
 
     def release(self) -> None:
         while self.read:
@@ -285,20 +337,20 @@ class Letters:
 
 
 class Seen:
-    """Memory that some ranks of this host have in common: a word for each that counts what it published, then the data."""
+    """Memory that some ranks of a host have in common: a word for each that counts what it published, then the data."""
 
     def __init__(
-        self, carrier: Shared, label: str, view: View, offset: int, me: int, size: int, about: tuple[int, torch.dtype]
-    ) -> None:
+        self, carrier: Shared, label: str, view: View, offset: int, ranks: Sequence[int], about: tuple[int, torch.dtype]
+    ) -> None:  # fmt: skip
         self.carrier, self.label, self.words, self.fence = carrier, label, view.words, Fence()
-        self._marks = [(offset + r * _MARK) // 8 for r in range(size)]
-        self._mine, self.count = self._marks[me], 0
-        self.data = view.tensor(offset + size * _MARK, *about)
+        self.marks = {rank: (offset + n * _MARK) // 8 for n, rank in enumerate(ranks)}
+        self.count = 0
+        self.data = view.tensor(offset + len(ranks) * _MARK, *about)
 
     def publish(self) -> None:
         self.count += 1
         self.fence()
-        self.words[self._mine] = self.count
+        self.words[self.marks[self.carrier.rank]] = self.count
 
     def current(self) -> Pending:
         return Currency(self, self.count)
@@ -310,12 +362,16 @@ class Currency:
     def __init__(self, seen: Seen, count: int) -> None:
         self.seen, self.count = seen, count
 
-    def ready(self) -> bool:
+    def lacks(self) -> int | None:
+        """A member that has not yet."""
         words, count = self.seen.words, self.count
-        return all(words[mark] >= count for mark in self.seen._marks)  # pyright: ignore[reportPrivateUsage]
+        return next((rank for rank, mark in self.seen.marks.items() if words[mark] < count), None)
+
+    def ready(self) -> bool:
+        return self.lacks() is None
 
     def wait(self) -> Sequence[Strips]:
-        self.seen.carrier.until(self.ready, self.seen.label)
+        self.seen.carrier.until(self.lacks, self.seen.label)
         self.seen.fence()
         return ()
 

@@ -109,6 +109,8 @@ class Unit:
             return self.common.data
         if self.shard.size == 1:
             return masters if same else masters.to(self.dtypes.compute)
+        if not self.resident:  # its storage is resized, which memory of a carrier's may not be
+            return masters.to(self.dtypes.compute, copy=True)
         return self.shard.carrier.empty(self.numel, self.dtypes.compute, self.device).copy_(masters)
 
     def __repr__(self) -> str:
