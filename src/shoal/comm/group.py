@@ -33,6 +33,17 @@ Parcel = tuple[int, Strips]
 Box = tuple[int, Strips | Like]
 """A rank and what to fill from it. Both sides agree on the sizes of the strips; empty ones do not travel."""
 
+class Kept(NamedTuple):
+    """Bytes of a carrier. `under_way`: hold what travels now; `waiting`: to be used again; `fixed`: as long as it."""
+
+    under_way: int = 0
+    waiting: int = 0
+    fixed: int = 0
+
+    def __add__(self, other: Kept) -> Kept:  # type: ignore[override]
+        return Kept(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 LAST_DOING = "has finished and closes the job"
 """The note of a rank that takes part in nothing but meetings any more."""
 
@@ -116,6 +127,14 @@ class Carrier(Protocol):
 
     def hold(self, reason: str) -> None:
         """Stop the time-out of the others (`reason` not empty) or let it run again."""
+        ...
+
+    def rest(self) -> None:
+        """A step is over: let go of what steps have not needed for a while."""
+        ...
+
+    def kept(self) -> Kept:
+        """Memory of this rank for what travels."""
         ...
 
     def fail(self, why: str) -> None:

@@ -122,6 +122,7 @@ class Binding:
             if self.stepped:
                 updated = self.engine.overflow is None
                 self.engine.after_update()
+                self.engine.mesh.world.carrier.rest()
                 for average in self.averages if updated else ():
                     average.update()
             self.ended(self.engine, self.stepped)
