@@ -33,15 +33,21 @@ Parcel = tuple[int, Strips]
 Box = tuple[int, Strips | Like]
 """A rank and what to fill from it. Both sides agree on the sizes of the strips; empty ones do not travel."""
 
+
 class Kept(NamedTuple):
-    """Bytes of a carrier. `under_way`: hold what travels now; `waiting`: to be used again; `fixed`: as long as it."""
+    """Bytes of a carrier that hold what travels, that wait to be used again, and that it has as long as it lives.
+
+    `stages`: does it ever copy what travels?
+    """
 
     under_way: int = 0
     waiting: int = 0
     fixed: int = 0
+    stages: bool = True
 
     def __add__(self, other: Kept) -> Kept:  # type: ignore[override]
-        return Kept(*(a + b for a, b in zip(self, other, strict=True)))
+        under_way, waiting, fixed = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        return Kept(under_way, waiting, fixed, self.stages or other.stages)
 
 
 LAST_DOING = "has finished and closes the job"

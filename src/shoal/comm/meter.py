@@ -57,7 +57,7 @@ class Meter:
         return
 
     def kept(self) -> Kept:
-        return Kept()
+        return Kept(stages=False)
 
     def fail(self, why: str) -> None:
         self.failed = True

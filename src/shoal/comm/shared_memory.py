@@ -291,7 +291,7 @@ class Letters:
 
 
 class Seen:
-    """Memory that some ranks of this host have in common: a word for each that counts what it published, then the data."""
+    """Memory that ranks of this host have in common: a word for each that counts what it published, then the data."""
 
     def __init__(
         self, carrier: Shared, label: str, view: View, offset: int, me: int, size: int, about: tuple[int, torch.dtype]

@@ -129,7 +129,7 @@ class Threads:
         return
 
     def kept(self) -> Kept:
-        return Kept()
+        return Kept(stages=False)
 
     def fail(self, why: str) -> None:
         self.failed = True

@@ -10,7 +10,6 @@ from dataclasses import replace
 from types import MethodType
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -222,18 +221,6 @@ class Binding:
             mesh, every = self.engine.mesh, self.engine.every_leaf
             assignment = assign(leaves, mesh.copies.size, mesh.shard.size, every_leaf=every, twig=twig)
             self.engine.set_leaves(assignment, leaves, twig)
-
-    def held(self) -> dict[str, int]:
-        """Bytes in use, by what they hold."""
-        engine = self.engine
-        sizes = {"parameters": 0, "masters": 0, "gradients": engine.gradients.nbytes, "optimizer": 0}
-        for unit in engine.units:
-            for kind, nbytes in unit.held():
-                sizes[kind] += nbytes
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                sizes["optimizer"] += sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor))
-        return sizes
 
     def release(self) -> None:
         """The job is over: take the hooks off. Tensors hold theirs where the garbage collector does not look."""
