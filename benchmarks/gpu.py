@@ -121,7 +121,7 @@ def run(case: Case, device: torch.device) -> Found:
         _settled(device)
         took.append(time.perf_counter() - begin)
         losses.append(loss.item())
-    at_rest = job.memory() if job is not None else {}
+    at_rest = dict(job.memory()) if job is not None else {}
     peak = None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
     if job is not None:
         job.close()

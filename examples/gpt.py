@@ -257,7 +257,7 @@ def follow(training: Training, progress: gpt_report.Progress, options: argparse.
 
 
 def use_of(job: shoal.Job) -> gpt_report.Use:
-    return gpt_report.Use(rank=job.rank, memory=job.memory(), sent=sum(job.traffic.values()))  # shoal
+    return gpt_report.Use(rank=job.rank, memory=dict(job.memory()), sent=sum(job.traffic.values()))  # shoal
 
 
 def write_text(training: Training, options: argparse.Namespace) -> str:

@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 REDRAW, RELINE = 0.2, 5.0  # seconds between two pictures on a terminal, and between two lines elsewhere
-KINDS = ("parameters", "masters", "gradients", "optimizer")
-COLOURS = dict(zip(KINDS, ("#4269d0", "#6cc5b0", "#efb118", "#a463f2"), strict=True))
+KINDS = ("parameters", "masters", "gradients", "optimizer", "staging")
+COLOURS = dict(zip(KINDS, ("#4269d0", "#6cc5b0", "#efb118", "#a463f2", "#97bbf5"), strict=True))
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -225,6 +225,7 @@ def plain_memory(parameters: int, precision: str) -> dict[str, int]:
         "masters": parameters * (4 if half else 0),
         "gradients": parameters * 4,
         "optimizer": parameters * 8,
+        "staging": 0,
     }
 
 

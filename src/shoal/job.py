@@ -27,9 +27,10 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
-from shoal.engine import setup
+from shoal.engine import holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
+from shoal.engine.ledger import Memory
 from shoal.errors import OrderError, SettingError
 from shoal.launch.rundir import RunDir, open_run_dir
 from shoal.logs import say
@@ -188,10 +189,13 @@ class Job:
         """Bytes that this rank has sent so far, by verb: gather, reduce, agree, meet, ..."""
         return dict(self._carrier.sent)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of this rank that are in use now: parameters, masters, gradients, optimizer state."""
-        held = [binding.held() for binding in self._all_bound()]
-        return {kind: sum(h[kind] for h in held) for kind in held[0]}
+    def memory(self) -> Memory:
+        """Every buffer of this rank: bytes now, and as predicted at rest and at most.
+
+        A mapping from kind ("parameters", "masters", "gradients", "optimizer", "staging", "other") to bytes in use now;
+        a table when printed. `entries` has the single buffers, `measured` what the system says of this process.
+        """
+        return holding.memory(self._all_bound(), self._mesh.world)
 
     # ---------------------------------------------------------------- model and data
 

@@ -6,6 +6,7 @@ import mmap
 import os
 import platform
 import threading
+from bisect import bisect_left, insort
 from collections.abc import Callable
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from shoal.errors import EnvironmentFault
 
 _PAGE = mmap.PAGESIZE
-_LARGE = 2**25
-"""Bytes of a buffer of which only one waits with its pages to be used again."""
+_WARM = 2
+"""Steps after which free memory that nobody has used loses its pages."""
 _MOST = 2**42  # bytes of address space: a process maps the arenas of all ranks of its host
 _ORDERED = platform.machine() in ("x86_64", "AMD64")  # stores are seen in their order, without more ado
 
@@ -62,6 +63,10 @@ class View:
 class Arena(View):
     """This process's own.
 
+    Note: what keeps its pages. Memory that came back serves whoever needs as much, or half of it at least: units of
+    all sizes share it. What no step of the last few has used loses its pages; writing to new ones costs several times
+    as much as writing to old ones.
+
     Args:
         reserved: bytes at its beginning that are never given out.
     """
@@ -71,10 +76,23 @@ class Arena(View):
         self.fd = os.memfd_create("shoal")
         os.ftruncate(self.fd, self.nbytes)
         super().__init__(self.fd, self.nbytes)
-        self.end = _up(reserved, _PAGE)
-        self.free: dict[int, list[int]] = {}  # by size
+        self.reserved = self.end = _up(reserved, _PAGE)
+        self.free: list[tuple[int, int]] = []  # size and offset, ascending
+        self.bare: list[tuple[int, int]] = []  # the same, of those without pages
         self.taken: dict[int, int] = {}  # offset -> size
         self.lent: list[tuple[int, Callable[[], bool]]] = []
+        self.steps, self.used = 0, dict[int, int]()  # offset -> the step that took it last
+
+    @property
+    def under_way(self) -> int:
+        """Bytes that others may still read, and nobody needs after that."""
+        self._call_in()
+        return sum(self.taken[offset] for offset, _ in self.lent)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of free memory that has pages."""
+        return sum(size for size, _ in self.free)
 
     def offset_of(self, tensor: Tensor) -> int | None:
         """Where in the arena a contiguous tensor lies; None: not in it."""
@@ -83,13 +101,13 @@ class Arena(View):
 
     def take(self, nbytes: int, *, fresh: bool = False) -> int:
         """The offset of so many bytes; `fresh`: of zeros."""
-        size = _room_for(nbytes)
-        waiting = [] if fresh else self.free.get(size)
-        if not waiting and not fresh and self.lent:
+        size = _up(nbytes, _PAGE if nbytes >= _PAGE else 256)
+        found = None
+        if not fresh:
             self._call_in()
-            waiting = self.free.get(size)
-        offset = waiting.pop() if waiting else self._new(size)
-        self.taken[offset] = size
+            found = _fitting(self.free, size) or _fitting(self.bare, size)
+        size, offset = found if found is not None else (size, self._new(size))
+        self.taken[offset], self.used[offset] = size, self.steps
         return offset
 
     def _new(self, size: int) -> int:
@@ -109,25 +127,32 @@ class Arena(View):
     def _call_in(self) -> None:
         lent, self.lent = self.lent, []
         for offset, idle in lent:
-            if not idle():
+            if idle():
+                insort(self.free, (self.taken.pop(offset), offset))
+            else:
                 self.lent.append((offset, idle))
-                continue
-            size = self.taken.pop(offset)
-            waiting = self.free.setdefault(size, [])
-            if waiting and size > _LARGE:
-                first = _up(offset, _PAGE)
-                self.map.madvise(mmap.MADV_REMOVE, first, (offset + size - first) // _PAGE * _PAGE)
-            waiting.append(offset)
+
+    def rest(self) -> None:
+        """A step is over: free memory that the last ones have not used loses its pages."""
+        self.steps += 1
+        self._call_in()
+        for size, offset in [slot for slot in self.free if self.steps - self.used[slot[1]] > _WARM]:
+            first, last = _up(offset, _PAGE), (offset + size) // _PAGE * _PAGE
+            if first < last:
+                self.map.madvise(mmap.MADV_REMOVE, first, last - first)
+                self.free.remove((size, offset))
+                insort(self.bare, (size, offset))
 
     def close(self) -> None:
         """Others that have mapped it keep it."""
         os.close(self.fd)
 
 
-def _room_for(nbytes: int) -> int:
-    """Sizes of which there are few, so that what was given back fits again. Pages that nobody writes cost nothing."""
-    return _up(nbytes, max(256, 2 ** max(0, nbytes.bit_length() - 4)))
-
-
 def _up(n: int, to: int) -> int:
     return -(-n // to) * to
+
+
+def _fitting(slots: list[tuple[int, int]], size: int) -> tuple[int, int] | None:
+    """Take the smallest out that is large enough and not much too large."""
+    at = bisect_left(slots, (size, 0))
+    return slots.pop(at) if at < len(slots) and slots[at][0] <= 2 * size else None

@@ -33,6 +33,23 @@ Parcel = tuple[int, Strips]
 Box = tuple[int, Strips | Like]
 """A rank and what to fill from it. Both sides agree on the sizes of the strips; empty ones do not travel."""
 
+
+class Kept(NamedTuple):
+    """Bytes of a carrier that hold what travels, that wait to be used again, and that it has as long as it lives.
+
+    `stages`: does it ever copy what travels?
+    """
+
+    under_way: int = 0
+    waiting: int = 0
+    fixed: int = 0
+    stages: bool = True
+
+    def __add__(self, other: Kept) -> Kept:  # type: ignore[override]
+        under_way, waiting, fixed = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        return Kept(under_way, waiting, fixed, self.stages or other.stages)
+
+
 LAST_DOING = "has finished and closes the job"
 """The note of a rank that takes part in nothing but meetings any more."""
 
@@ -121,6 +138,14 @@ class Carrier(Protocol):
 
     def hold(self, reason: str) -> None:
         """Stop the time-out of the others (`reason` not empty) or let it run again."""
+        ...
+
+    def rest(self) -> None:
+        """A step is over: let go of what steps have not needed for a while."""
+        ...
+
+    def kept(self) -> Kept:
+        """Memory of this rank for what travels."""
         ...
 
     def fail(self, why: str) -> None:

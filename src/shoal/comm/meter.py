@@ -9,7 +9,7 @@ from contextvars import copy_context
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Common, Done, Like, Parcel, Pending, current, new_strips
+from shoal.comm.group import Box, Common, Done, Kept, Like, Parcel, Pending, current, new_strips
 from shoal.random import get_states, set_states
 
 
@@ -54,6 +54,12 @@ class Meter:
 
     def hold(self, reason: str) -> None:
         return
+
+    def rest(self) -> None:
+        return
+
+    def kept(self) -> Kept:
+        return Kept(stages=False)
 
     def fail(self, why: str) -> None:
         self.failed = True

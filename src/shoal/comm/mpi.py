@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.boxes import Boxes, numbered
-from shoal.comm.group import Box, Common, Parcel, Pending, Strips
+from shoal.comm.group import Box, Common, Kept, Parcel, Pending, Strips
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded, tag_of
 from shoal.comm.pool import Pool
 from shoal.comm.waiter import Lost
@@ -90,6 +90,12 @@ class Mpi:
 
     def hold(self, reason: str) -> None:
         self.lives.hold(reason)
+
+    def rest(self) -> None:
+        return
+
+    def kept(self) -> Kept:
+        return Kept(self.spare.out, self.spare.nbytes)
 
     def fail(self, why: str) -> None:
         self.failed = True

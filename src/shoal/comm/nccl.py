@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from shoal.comm.boxes import Boxes, Numbered, numbered
-from shoal.comm.group import Box, Carrier, Common, Parcel, Pending, Strips
+from shoal.comm.group import Box, Carrier, Common, Kept, Parcel, Pending, Strips
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
 from shoal.comm.pool import Pool
 from shoal.comm.reductions import Reductions
@@ -165,6 +165,12 @@ class Nccl:
 
     def hold(self, reason: str) -> None:
         self.host.hold(reason)
+
+    def rest(self) -> None:
+        return
+
+    def kept(self) -> Kept:
+        return Kept(self.spare.out, self.spare.nbytes)
 
     def fail(self, why: str) -> None:
         self.failed = True

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from shoal.comm.boxes import Boxes, numbered
-from shoal.comm.group import Box, Common, Parcel, Pending, Strips
+from shoal.comm.group import Box, Common, Kept, Parcel, Pending, Strips
 from shoal.comm.pool import Pool
 from shoal.comm.sockets import all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
 from shoal.comm.waiter import Lost, Transfer, Waiter
@@ -123,6 +123,12 @@ class Gloo:
 
     def hold(self, reason: str) -> None:
         self.watch.hold(reason)
+
+    def rest(self) -> None:
+        return
+
+    def kept(self) -> Kept:
+        return Kept(self.spare.out, self.spare.nbytes)
 
     def fail(self, why: str) -> None:
         self.failed = True

@@ -25,8 +25,10 @@ class Pool:
         self.make: Make = make or (lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
         self.idle = idle
         self.free: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        self.out = 0  # bytes that were taken and not given back
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.out += numel * dtype.itemsize
         waiting = self.free.get((numel, dtype, device), [])
         for at, buffer in enumerate(waiting):
             if self.idle(buffer):
@@ -34,10 +36,12 @@ class Pool:
         return self.make(numel, dtype, device)
 
     def give(self, buffer: Tensor) -> None:
+        self.out -= buffer.nbytes
         waiting = self.free.setdefault((buffer.numel(), buffer.dtype, buffer.device), [])
         if len(waiting) < KEPT:
             waiting.append(buffer)
 
     @property
     def nbytes(self) -> int:
+        """Bytes that wait to be used again."""
         return sum(b.nbytes for waiting in self.free.values() for b in waiting)

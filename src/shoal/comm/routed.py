@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Carrier, Common, Like, Parcel, Pending, Strips
+from shoal.comm.group import Box, Carrier, Common, Kept, Like, Parcel, Pending, Strips
 
 Far = Callable[[torch.device], bool]
 
@@ -79,6 +79,13 @@ class Routed:
 
     def hold(self, reason: str) -> None:
         self.host.hold(reason)
+
+    def rest(self) -> None:
+        self.host.rest()
+        self.device.rest()
+
+    def kept(self) -> Kept:
+        return self.host.kept() + self.device.kept()
 
     def fail(self, why: str) -> None:
         self.host.fail(why)  # first: who waits for the device is freed by it

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.arena import Arena, Fence, View
-from shoal.comm.group import Box, Common, Done, Like, Parcel, Pending, Strips, new_strips
+from shoal.comm.group import Box, Common, Done, Kept, Like, Parcel, Pending, Strips, new_strips
 from shoal.comm.pairwise import Gloo
 from shoal.comm.rings import CLOSED, FAILED, INLINE, Message, Ring
 from shoal.comm.watch import TICK
@@ -83,6 +83,14 @@ class Shared:
 
     def hold(self, reason: str) -> None:
         self.far.hold(reason)
+
+    def rest(self) -> None:
+        self.arena.rest()
+        self.far.rest()
+
+    def kept(self) -> Kept:
+        arena = self.arena
+        return self.far.kept() + Kept(arena.under_way, arena.waiting, arena.reserved)
 
     def fail(self, why: str) -> None:
         self.far.fail(why)
@@ -337,7 +345,7 @@ class Letters:
 
 
 class Seen:
-    """Memory that some ranks of a host have in common: a word for each that counts what it published, then the data."""
+    """Memory that ranks of this host have in common: a word for each that counts what it published, then the data."""
 
     def __init__(
         self, carrier: Shared, label: str, view: View, offset: int, ranks: Sequence[int], about: tuple[int, torch.dtype]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.boxes import Boxes
-from shoal.comm.group import Box, Carrier, Common, Parcel, Pending, Strips
+from shoal.comm.group import Box, Carrier, Common, Kept, Parcel, Pending, Strips
 from shoal.comm.pool import Pool
 
 HOST = torch.device("cpu")
@@ -83,6 +83,12 @@ class Staged:
 
     def hold(self, reason: str) -> None:
         self.host.hold(reason)
+
+    def rest(self) -> None:
+        return
+
+    def kept(self) -> Kept:
+        return Kept(self.spare.out, self.spare.nbytes) + Kept(self.stages.out, self.stages.nbytes)
 
     def fail(self, why: str) -> None:
         self.host.fail(why)

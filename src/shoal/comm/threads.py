@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Common, Like, Parcel, Pending, Strips, current
+from shoal.comm.group import Box, Common, Kept, Like, Parcel, Pending, Strips, current
 from shoal.errors import PeerError, PeerLost, StalledError
 from shoal.random import get_states, set_states
 
@@ -126,6 +126,12 @@ class Threads:
 
     def hold(self, reason: str) -> None:
         return
+
+    def rest(self) -> None:
+        return
+
+    def kept(self) -> Kept:
+        return Kept(stages=False)
 
     def fail(self, why: str) -> None:
         self.failed = True

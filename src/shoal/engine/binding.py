@@ -10,7 +10,6 @@ from dataclasses import replace
 from types import MethodType
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -159,6 +158,7 @@ class Binding:
             if self.stepped:
                 updated = self.engine.overflow is None
                 self.engine.after_update()
+                self.engine.mesh.world.carrier.rest()
                 for average in self.averages if updated else ():
                     average.update()
             self.ended(self.engine, self.stepped)
@@ -259,18 +259,6 @@ class Binding:
             mesh, every = self.engine.mesh, self.engine.every_leaf
             assignment = assign(leaves, mesh.copies.size, mesh.shard.size, every_leaf=every, twig=twig)
             self.engine.set_leaves(assignment, leaves, twig)
-
-    def held(self) -> dict[str, int]:
-        """Bytes in use, by what they hold."""
-        engine = self.engine
-        sizes = {"parameters": 0, "masters": 0, "gradients": engine.gradients.nbytes, "optimizer": 0}
-        for unit in engine.units:
-            for kind, nbytes in unit.held():
-                sizes[kind] += nbytes
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                sizes["optimizer"] += sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor))
-        return sizes
 
     def release(self) -> None:
         """The job is over: take the hooks off. Tensors hold theirs where the garbage collector does not look."""

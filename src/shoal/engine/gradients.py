@@ -96,16 +96,6 @@ class Gradients:
         self.growing: dict[int, tuple[int, Weighed[Sum]]] = {}  # per unit: leaves so far of the twig, and their sum
         self.weights_known = -1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of gradients, partial sums and buffers kept for them."""
-        trees = [*self.mine.values(), *self.sums.values()]
-        waiting = [w.value for tree in trees for w in tree.nodes.values() if w.value]
-        waiting += [w.value for _, w in self.growing.values() if w.value]
-        strips = [t for found in waiting for t in found.strips]
-        strips += [t for mean in self.results.values() for t in mean.strips or ()]
-        return sum(t.nbytes for t in [*strips, *self.held.values()]) + self.pool.nbytes
-
     # ---------------------------------------------------------------- in a leaf
 
     def show(self, name: str, param: nn.Parameter) -> None:

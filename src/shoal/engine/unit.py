@@ -304,13 +304,3 @@ class Unit:
         if self.resident:
             self.gather()
             self.wait()
-
-    def held(self) -> Sequence[tuple[str, int]]:
-        """What is in memory now, in bytes."""
-        lent = 0 if self.lent is self.whole else self.lent.nbytes
-        same = self.dtypes.compute == self.dtypes.master
-        if self.common is not None:  # what all see is counted by who fills it
-            mine = self.whole[self.mine].nbytes
-            return [("parameters", lent + (0 if same else mine)), ("masters", self.master.nbytes)]
-        whole = self.whole.untyped_storage().nbytes()
-        return [("parameters", whole + lent), ("masters", 0 if same and self.resident else self.master.nbytes)]

@@ -1,0 +1,263 @@
+"""The ledger: what it predicts is what tensors take, and what ZeRO's formulas say."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import shoal
+from shoal.comm.group import Kept
+from shoal.comm.threads import run
+from shoal.engine.ledger import (
+    KINDS,
+    Entry,
+    Memory,
+    Plan,
+    UnitBill,
+    carrier_entries,
+    gathered_at_most,
+    gradients_at_most,
+    gradients_kept,
+    staging_at_most,
+    states_of,
+)
+from shoal.strategy import NAMED, Shard, Strategy
+
+WIDTH = 64
+BLOCKS = 6
+
+
+class Net(nn.Module):
+    """Blocks of one size between two layers that belong to the root."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(BLOCKS))
+        self.last = nn.Linear(width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return self.last(x)
+
+
+class Seen(NamedTuple):
+    """Of one rank: the ledger between two steps, the most of every kind at any moment, and numbers of the model."""
+
+    rest: Memory
+    most: dict[str, int]
+    most_in_all: int
+    parameters: int
+    optimizer: int
+
+
+def seen(
+    world: int, strategy: Strategy, *, leaves: int, common: bool = False, width: int = WIDTH, **settings: object
+) -> list[Seen]:  # fmt: skip
+    def rank_main(_rank: int) -> Seen:
+        with shoal.init(strategy, leaves=leaves, run_dir="none", device="cpu", **settings) as job:
+            model = Net(width)
+            parameters = sum(p.numel() for p in model.parameters())
+            model, optimizer = job.prepare(model, torch.optim.AdamW(model.parameters()))
+            most = dict.fromkeys([*KINDS, "all"], 0)
+
+            def look(*_: object) -> None:
+                now = job.memory()
+                most.update({k: max(most[k], now[k]) for k in KINDS})
+                most["all"] = max(most["all"], now.total)
+
+            for module in [model.first, *model.blocks, model.last]:
+                module.register_forward_pre_hook(look)
+                module.weight.register_post_accumulate_grad_hook(look)
+            for _ in range(3):
+                acted = False
+                while not acted:
+                    model(torch.randn(4, 8)).square().mean().backward()
+                    look()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    acted = job.stepped
+            states = [v for s in optimizer.state.values() for v in s.values()]
+            return Seen(job.memory(), most, most.pop("all"), parameters, sum(v.nbytes for v in states))
+
+    return run(world, rank_main, common=common)
+
+
+@pytest.mark.parametrize("leaves", [4, 8])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("common", [False, True], ids=["apart", "common"])
+@pytest.mark.parametrize("name", NAMED)
+def test_predicted_is_measured(name: str, common: bool, precision: str, leaves: int) -> None:
+    per_copy = 2 if name == "hybrid" else None
+    strategy = Strategy(shard=NAMED[name].shard, ranks_per_copy=per_copy, precision=precision)
+    for rank in seen(4, strategy, leaves=leaves, common=common):
+        for entry in rank.rest.entries:
+            assert entry.now == entry.rest, entry
+        assert rank.rest["optimizer"] == rank.optimizer
+        for kind in KINDS:
+            peak = sum(e.peak for e in rank.rest.entries if e.kind == kind)
+            assert rank.most[kind] <= peak, (kind, rank.rest)
+        assert rank.rest.rest == rank.rest.total <= rank.most_in_all <= rank.rest.peak
+
+
+# ---------------------------------------------------------------- ZeRO's formulas
+
+
+def formula(name: str, world: int, *, mixed: bool) -> tuple[float, float]:
+    """Bytes per parameter with Adam (Rajbhandari et al. 2020, section 3): of the state, and of gradients in float32."""
+    compute, masters, states = (2, 4, 8) if mixed else (4, 0, 8)
+    return {
+        "ddp": (compute + masters + states, 4),
+        "zero1": (compute + (masters + states) / world, 4),
+        "zero2": (compute + (masters + states) / world, 4 / world),
+        "zero3": ((compute + masters + states) / world, 4 / world),
+    }[name]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+def test_formulas(name: str, precision: str, world: int) -> None:
+    """The state is the formula's; buffers of gradients that wait take no more than its gradients."""
+    for rank in seen(world, NAMED[name], leaves=world, precision=precision, width=128):
+        state, gradients = (n * rank.parameters for n in formula(name, world, mixed=precision == "bfloat16"))
+        rest = rank.rest
+        assert rest["parameters"] + rest["masters"] + rest["optimizer"] == pytest.approx(state, rel=0.03)
+        assert 0 < rest["gradients"] <= 1.03 * gradients
+        assert rest["staging"] == rest["other"] == 0
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def unit(numel: int, mine: int, **other: object) -> UnitBill:
+    facts = {"compute": 4, "master": 4, "reduce": 4, "trainable": True, "resident": False}
+    return UnitBill(numel=numel, used=numel, mine=mine, **{**facts, **other})
+
+
+def plan(*units: UnitBill, **other: object) -> Plan:
+    facts = {"pending": 1, "every_leaf": True, "turns": 1, "pool": 2, "in_flight": 1000, "ranks": 2}
+    return Plan(shard=Shard.PARAMETERS, units=units, **{**facts, **other})
+
+
+def test_gathered_units() -> None:
+    """One, the next, and the one around them."""
+    block, root = unit(100, 50, around=40 * 4), unit(40, 20)
+    assert gathered_at_most([root, block, block, block]) == (40 + 100 + 100) * 4
+    assert gathered_at_most([root]) == 160
+    assert gathered_at_most([unit(40, 20, resident=True), unit(40, 20, common=2)]) == 0
+
+
+def test_gradient_buffers() -> None:
+    block = unit(100, 50)
+    assert gradients_kept(plan(block, block, block, unit(40, 20), unit(30, 15, trainable=False))) == 2 * 200 + 80
+    assert gradients_at_most(plan(block)) == (400, 200, 200)
+    assert gradients_at_most(plan(block, every_leaf=False, pending=3, turns=4)) == (400, 1200, 200)
+    assert gradients_at_most(plan(unit(100, 100, common_gradient=2), every_leaf=False)) == (400, 0, 0)
+
+
+def test_staging() -> None:
+    block = unit(100, 50)
+    assert staging_at_most(plan(block, ranks=1)) == 0
+    assert staging_at_most(plan(block, block)) == 800
+    assert staging_at_most(plan(*[block] * 10)) == 1000 + 400
+    assert staging_at_most(plan(block, every_leaf=False, pending=3)) == 1200
+
+
+def test_states() -> None:
+    found = [states_of("AdamW", {"amsgrad": a}) for a in (False, True)] + [states_of("SGD", {"momentum": 0.9})]
+    assert found == [2, 3, 1]
+    assert states_of("LARS", {"momentum": 0.9}) == 1
+    assert states_of("Theirs", {}) is None
+
+
+def test_an_optimizer_that_is_not_known_is_measured() -> None:
+    class Theirs(torch.optim.Adam):
+        pass
+
+    def rank_main(_rank: int) -> list[int]:
+        with shoal.init("zero1", run_dir="none", device="cpu") as job:
+            model = Net()
+            model, optimizer = job.prepare(model, Theirs(model.parameters()), elementwise=True)
+            found = [entry for entry in job.memory().entries if entry.kind == "optimizer"]
+            model(torch.randn(4, 8)).sum().backward()
+            optimizer.step()
+            found += [entry for entry in job.memory().entries if entry.kind == "optimizer"]
+            return [found[0].rest, found[1].rest - found[1].now]
+
+    assert run(2, rank_main) == [[0, 0]] * 2
+
+
+# ---------------------------------------------------------------- what is printed
+
+TABLE = """\
+rank 0, MiB
+                              now  at rest  at most  lifetime       setting
+gathered units               1.00     0.00     2.00  gathered       units
+masters *                    3.00     3.00     3.00  always         masters
+staging                      0.50     1.50     1.50  in flight      carrier
+in all                       4.50     4.50     6.50
+* ranks of this host share it: this rank's part
+measured: pages              9.00"""
+
+
+def entry(name: str, kind: str, now: float, rest: float, peak: float, *about: str, shared: bool = False) -> Entry:
+    bytes_of = [int(n * 2**20) for n in (now, rest, peak)]
+    return Entry(
+        name=name, kind=kind, now=bytes_of[0], rest=bytes_of[1], peak=bytes_of[2], lifetime=about[0], setting=about[1],
+        shared=shared,
+    )  # fmt: skip
+
+
+def test_the_table() -> None:
+    """Entries of nothing are left out of the text, not of the mapping."""
+    memory = Memory(
+        entries=(
+            entry("gathered units", "parameters", 1, 0, 2, "gathered", "units"),
+            entry("masters", "masters", 3, 3, 3, "always", "masters", shared=True),
+            entry("optimizer state", "optimizer", 0, 0, 0, "always", "strategy"),
+            entry("staging", "staging", 0.5, 1.5, 1.5, "in flight", "carrier"),
+        ),
+        title="rank 0",
+        measured={"pages": 9 * 2**20},
+    )
+    assert str(memory) == TABLE
+    assert dict(memory) == {
+        "parameters": 2**20, "masters": 3 * 2**20, "gradients": 0, "optimizer": 0, "staging": 2**19, "other": 0,
+    }  # fmt: skip
+    with pytest.raises(KeyError, match="money"):
+        memory["money"]
+
+
+def test_the_carrier_tells() -> None:
+    kept = Kept(1, 2, 4) + Kept(10, 20, 40, stages=False)
+    assert kept == Kept(11, 22, 44, stages=True)
+    block = unit(100, 50)
+    staging, rings = carrier_entries(plan(block), kept)
+    assert (staging.now, staging.rest, rings.now) == (33, 400, 44)
+    assert next(carrier_entries(plan(block), Kept(stages=False))).peak == 0
+
+
+def test_what_the_user_asks_for_is_on_the_bill() -> None:
+    def rank_main(_rank: int) -> list[int]:
+        with shoal.init("zero3", run_dir="none", device="cpu") as job:
+            model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
+            model, _ = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            found = [job.memory()["other"]]
+            average = job.ema(model, 0.9)
+            found.append(job.memory()["other"])
+            with job.whole(model):
+                found.append(job.memory()["other"])
+            found.append(job.memory()["other"])
+            assert average.pieces
+            return found
+
+    nothing, average, lent, after = run(2, rank_main)[0]
+    assert (nothing, after) == (0, average)
+    assert average >= (64 * 64 + 3 * 64) * 4 // 2
+    assert lent - average == (64 * 64 + 3 * 64) * 4
