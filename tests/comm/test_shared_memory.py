@@ -130,6 +130,7 @@ def sent_as_it_lies() -> None:
         assert not carrier.idle(half)
         assert carrier.idle(whole[:1000])
         assert carrier.idle(torch.zeros(3))
+        world.share("both", b"have asked")
         pending.release()
         world.share("both", b"let go")
         assert carrier.idle(whole)

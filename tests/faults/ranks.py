@@ -130,6 +130,7 @@ def transfers_told(job: shoal.Job, at: Moment) -> Iterator[None]:
         yield
     finally:
         Seen.current = current
+        del carrier.post
 
 
 @contextmanager
