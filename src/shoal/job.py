@@ -58,6 +58,7 @@ def init(
     precision: str | None = None,
     masters: bool | None = None,
     cut: str | None = None,
+    numerics: str | None = None,
     timeout: float | None = None,
     overlap: bool | None = None,
     carrier: str | None = None,
@@ -73,7 +74,7 @@ def init(
         seed: of the job: initial weights, order of data, random numbers of every leaf; default 0.
         threads: of torch on this rank; default 1. They are part of the numbers.
         leaves: micro-batches of a step, whoever computes them; default the world at first start.
-        ranks_per_copy, twig, precision, masters, cut: see `Strategy`.
+        ranks_per_copy, twig, precision, masters, cut, numerics: see `Strategy`.
         timeout: seconds without a change anywhere after which a wait ends; default 60.
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
         carrier: what moves the bytes between ranks: "gloo" (TCP), "shared" (memory within hosts), "nccl", "mpi" (under
@@ -88,8 +89,7 @@ def init(
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
-        "timeout": timeout, "overlap": overlap, "carrier": carrier,
-        "run_dir": run_dir,
+        "numerics": numerics, "timeout": timeout, "overlap": overlap, "carrier": carrier, "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
     base = strategy_of(resolved, strategy)

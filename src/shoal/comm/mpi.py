@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.boxes import Boxes, numbered
-from shoal.comm.group import Box, Common, Parcel, Pending, Strips
+from shoal.comm.group import Box, Common, MakeSums, Parcel, Pending, Strips
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded, tag_of
 from shoal.comm.pool import Pool
 from shoal.comm.waiter import Lost
@@ -82,6 +82,9 @@ class Mpi:
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
         return None
+
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return None  # MPI moves on only while shoal calls it: pairs that wait for each other are all there is
 
     def note(self, mark: str) -> None:
         self.lives.note(mark)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.arena import Arena, Fence, View
-from shoal.comm.group import Box, Common, Done, Like, Parcel, Pending, Strips, new_strips
+from shoal.comm.group import Box, Common, Done, Like, MakeSums, Parcel, Pending, Strips, new_strips
 from shoal.comm.pairwise import Gloo
 from shoal.comm.rings import FAILED, INLINE, Message, Ring
 from shoal.comm.watch import TICK
@@ -117,6 +117,9 @@ class Shared:
         return Seen(self, label, view, offset, ranks.index(self.rank), len(ranks), (numel, dtype))
 
     # ---------------------------------------------------------------- transfers
+
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return None  # nothing of gloo's comes near an ordered sum in memory that neighbours see
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         away = [parcel for parcel in sends if parcel[0] not in self.near]
@@ -283,7 +286,7 @@ class Letters:
 
 
 class Seen:
-    """Memory that some ranks of this host have in common: a word for each that counts what it published, then the data."""
+    """Memory that ranks of this host have in common: a word for each that counts what it published, then the data."""
 
     def __init__(
         self, carrier: Shared, label: str, view: View, offset: int, me: int, size: int, about: tuple[int, torch.dtype]
