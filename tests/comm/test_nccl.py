@@ -76,7 +76,7 @@ class ByOrder:
 @contextmanager
 def carrier(timeout: float) -> Iterator[Nccl]:
     """Every message of the program goes over it."""
-    connected, nccl._connected = nccl._connected, lambda lives, _address, _device: ByOrder(lives.group)
+    connected, nccl._connected = nccl._connected, lambda lives, _name, _address, _device: ByOrder(lives.group)
     gloo = find_carrier(timeout)[0]
     address = Address(gloo.rank, gloo.size, "127.0.0.1", 1, False)
     made = Nccl(gloo, gloo, CPU, address, timeout)

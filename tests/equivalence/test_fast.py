@@ -85,12 +85,12 @@ def assert_equal(results: list[Result]) -> None:
 
 
 @pytest.mark.parametrize("scatters", [False, True])
-@pytest.mark.parametrize("leaves", [4, 6])
-@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), GRID)
+@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [place for place in GRID if place[1] > 1])
 def test_close_to_exact_and_equal_on_all_ranks(
-    name: str, world: int, ranks_per_copy: int | None, leaves: int, scatters: bool
+    name: str, world: int, ranks_per_copy: int | None, scatters: bool
 ) -> None:
-    """Leaves of several weights, one of none, and a step without any."""
+    """Leaves of several weights, one of none, and a step without any; more leaves on some ranks than on others."""
+    leaves = 6
     strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy, numerics="fast")
     results = on(world, strategy, leaves=leaves, order=world, scatters=scatters)
     assert_equal(results)

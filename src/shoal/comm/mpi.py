@@ -84,7 +84,7 @@ class Mpi:
         return None
 
     def sums(self, device: torch.device) -> MakeSums | None:
-        return None  # MPI moves on only while shoal calls it: pairs that wait for each other are all there is
+        return None  # MPI knows no bfloat16, and what it adds up moves on only while shoal calls it
 
     def note(self, mark: str) -> None:
         self.lives.note(mark)
