@@ -197,10 +197,14 @@ CONTENDERS = (
         Contender(name=f"DeepSpeed {stage}", function=function, open=_deepspeed(stage), package="deepspeed")
         for stage, function in enumerate(STAGES)
     ),
-    # More of shoal's own: one line each, shoal("zero3", "fast", numerics="fast").
     shoal("ddp"),
     shoal("zero1"),
     shoal("zero2"),
     shoal("zero3"),
     shoal("hybrid"),
+    # Exact numerics against gloo's own sums, which only gloo has: shared memory would make both of them exact.
+    shoal("ddp", "gloo", carrier="gloo"),
+    shoal("ddp", "fast", carrier="gloo", numerics="fast"),
+    shoal("zero3", "gloo", carrier="gloo"),
+    shoal("zero3", "fast", carrier="gloo", numerics="fast"),
 )

@@ -17,17 +17,17 @@ from tests.engine.test_models import Stack
 from tests.engine.trials import Numbers, Result, adamw, inputs
 
 DDP = """\
-ddp: shard=NOTHING, a copy is 1 rank, cut=even, precision=float32
+ddp: shard=NOTHING, a copy is 1 rank, cut=even, precision=float32, numerics=exact
   after backward   last leaf   reduce  gradients: each owner gets its shard of the copy's sums
   after backward   last leaf   agree   gradients: sum over copies, divided by the weights
   after update     every step  gather  parameters: shards -> whole, inside a copy"""
 ZERO1 = """\
-zero1: shard=OPTIMIZER, a copy is the world, cut=even, precision=float32
+zero1: shard=OPTIMIZER, a copy is the world, cut=even, precision=float32, numerics=exact
   after backward   last leaf   reduce  gradients: each owner gets its shard of the copy's sums
   after backward   last leaf   agree   gradients: sum over copies, divided by the weights
   after update     every step  gather  parameters: shards -> whole, inside a copy"""
 ZERO2 = """\
-zero2: shard=GRADIENTS, a copy is the world, cut=even, precision=float32
+zero2: shard=GRADIENTS, a copy is the world, cut=even, precision=float32, numerics=exact
   after backward   every leaf  reduce  gradients: each owner gets its shard of the copy's sums
   after backward   last leaf   agree   gradients: sum over copies, divided by the weights
   after update     every step  gather  parameters: shards -> whole, inside a copy"""
@@ -38,8 +38,11 @@ PARAMETERS = """
   after backward   every leaf  free    parameters: drop the whole, keep the shard
   after backward   every leaf  reduce  gradients: each owner gets its shard of the copy's sums
   after backward   last leaf   agree   gradients: sum over copies, divided by the weights"""
-ZERO3 = "zero3: shard=PARAMETERS, a copy is the world, cut=even, precision=float32" + PARAMETERS
-HYBRID = "hybrid: shard=PARAMETERS, a copy is the ranks of one host, cut=even, precision=float32" + PARAMETERS
+ZERO3 = "zero3: shard=PARAMETERS, a copy is the world, cut=even, precision=float32, numerics=exact" + PARAMETERS
+HYBRID = (
+    "hybrid: shard=PARAMETERS, a copy is the ranks of one host, cut=even, precision=float32, numerics=exact"
+    + PARAMETERS
+)
 TEXTS = {"ddp": DDP, "zero1": ZERO1, "zero2": ZERO2, "zero3": ZERO3, "hybrid": HYBRID}
 
 

@@ -34,6 +34,12 @@ REFUSED: dict[str, tuple[Callable[[], object], str, str]] = {
         'precision="bfloat16", or masters=True',
     ),
     "reduce": (lambda: Strategy(reduce="int8"), "reduce='int8' is not known", "known: float32, bfloat16"),
+    "numerics": (lambda: Strategy(numerics="quick"), "numerics='quick' is not known", "known: exact, fast"),
+    "fast cells": (
+        lambda: Strategy(tensor=2, numerics="fast"),
+        'numerics="fast" with tensor=2',
+        'numerics="exact", or tensor=1',
+    ),
     "world": (
         lambda: Strategy(shard=Shard.PARAMETERS, ranks_per_copy=4).settled(6, 6),
         "a world of 6 ranks does not divide into copies of 4",

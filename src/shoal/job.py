@@ -59,6 +59,7 @@ def init(
     precision: str | None = None,
     masters: bool | None = None,
     cut: str | None = None,
+    numerics: str | None = None,
     timeout: float | None = None,
     overlap: bool | None = None,
     pending: bool | None = None,
@@ -75,7 +76,7 @@ def init(
         seed: of the job: initial weights, order of data, random numbers of every leaf; default 0.
         threads: of torch on this rank; default 1. They are part of the numbers.
         leaves: micro-batches of a step, whoever computes them; default the world at first start.
-        ranks_per_copy, twig, precision, masters, cut: see `Strategy`.
+        ranks_per_copy, twig, precision, masters, cut, numerics: see `Strategy`.
         timeout: seconds without a change anywhere after which a wait ends; default 60.
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
         pending: may updates and transfers be under way when `optimizer.step()` returns? Until the next forward needs
@@ -92,7 +93,7 @@ def init(
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
-        "timeout": timeout, "overlap": overlap, "pending": pending, "carrier": carrier,
+        "numerics": numerics, "timeout": timeout, "overlap": overlap, "pending": pending, "carrier": carrier,
         "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)

@@ -74,7 +74,8 @@ def explain(s: Strategy) -> str:
     copy = {None: "the world" if s.shard else "1 rank", "host": "the ranks of one host", 1: "1 rank"}.get(
         s.ranks_per_copy, f"{s.ranks_per_copy} ranks"
     )
-    lines = [f"{s.name}: shard={s.shard.name}, a copy is {copy}, cut={s.cut.value}, precision={s.precision}"]
+    numbers = f"precision={s.precision}, numerics={s.numerics}"
+    lines = [f"{s.name}: shard={s.shard.name}, a copy is {copy}, cut={s.cut.value}, {numbers}"]
     for rule in rules(s):
         when = "last leaf " if rule.last else "every leaf"
         if rule.moment is Moment.AFTER_UPDATE:

@@ -32,6 +32,7 @@ class Settings(BaseModel):
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what is computed in")
     masters: bool = Field(True, description="true or false: whether bfloat16 has float32 masters")
     cut: Literal["even", "parameter"] = Field("even", description="where shards may end")
+    numerics: Literal["exact", "fast"] = Field("exact", description="whose sums: exact, or fast (the backend's)")
     seed: int = Field(0, description="a whole number")
     threads: int = Field(1, ge=1, description="threads of each rank, at least 1")
     timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="seconds without progress, more than 0")

@@ -36,6 +36,7 @@ def settle_settings(strategy: str | Strategy | None, given: Mapping[str, object]
             "precision": strategy.precision if strategy.precision != "float32" else None,
             "twig": strategy.twig if strategy.twig != 1 else None,
             "masters": False if not strategy.masters else None,
+            "numerics": strategy.numerics if strategy.numerics != "exact" else None,
             "cut": strategy.cut.value if strategy.cut is not Cut.EVEN else None,
         }  # fmt: skip
         code = {k: v for k, v in own.items() if v is not None} | code
@@ -62,6 +63,7 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
         masters=s.masters,
         precision=s.precision,
         cut=Cut(s.cut),
+        numerics=s.numerics,
         tensor=given.tensor if isinstance(given, Strategy) else base.tensor,
         reduce=given.reduce if isinstance(given, Strategy) else base.reduce,
     )

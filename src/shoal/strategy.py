@@ -27,6 +27,7 @@ class Cut(Enum):
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 REDUCTIONS = ("float32", "bfloat16")
+NUMERICS = ("exact", "fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class Strategy:
         masters: False, with bfloat16 only: no float32 masters; updates are rounded stochastically.
         reduce: the dtype in which gradients travel and are summed (wider parameters keep their own).
         cut: where shards may end.
+        numerics: "exact": the same bits in every strategy and world; "fast" gives that up: the backend adds up
+            gradients in an order of its own (gloo's all-reduce, NCCL's rings and NVLS).
 
     Raises:
         StrategyError: a combination that cannot be, with the nearest one that can.
@@ -64,6 +67,7 @@ class Strategy:
     masters: bool = True
     reduce: str = "float32"
     cut: Cut = Cut.EVEN
+    numerics: str = "exact"
 
     def __post_init__(self) -> None:
         ranks = cast(object, self.ranks_per_copy)  # whatever the user gave
@@ -84,10 +88,16 @@ class Strategy:
             )
         if self.twig < 1:
             raise StrategyError(f"twig={self.twig}: a twig has at least one leaf", remedy="twig=1")
-        for field, known in (("precision", PRECISIONS), ("reduce", REDUCTIONS)):
+        for field, known in (("precision", PRECISIONS), ("reduce", REDUCTIONS), ("numerics", NUMERICS)):
             value = str(getattr(self, field))
             if value not in known:
                 raise StrategyError(f"{field}={value!r} is not known", remedy=nearest(value, known))
+        if self.tensor > 1 and self.numerics == "fast":
+            raise StrategyError(
+                f'numerics="fast" with tensor={self.tensor}',
+                cause="what every rank of a cell has must stay equal bit by bit, and each adds it up with others",
+                remedy='numerics="exact", or tensor=1',
+            )
         if not self.masters and self.precision != "bfloat16":
             raise StrategyError(
                 f"masters=False with precision={self.precision!r}",

@@ -17,10 +17,12 @@ from torch import Tensor
 from shoal.comm import nccl
 from shoal.comm.group import Group, Like, current
 from shoal.comm.nccl import Nccl, _unwatched
-from shoal.comm.pairwise import Address
+from shoal.comm.pairwise import Address, Gloo
+from shoal.comm.reductions import Reductions
 from shoal.errors import PeerLost, StalledError
 from shoal.start import find_carrier
 from tests.equivalence.models import Outcome, on_threads, trainer
+from tests.equivalence.test_fast import LEAVES, Result, assert_close, assert_equal, exact, trained
 from tests.pool import Pool
 
 CPU = torch.device("cpu")
@@ -73,10 +75,25 @@ class ByOrder:
         return
 
 
+class Adds(ByOrder):
+    """With sums of its own, over all ranks."""
+
+    def __init__(self, lives: Gloo, name: str) -> None:
+        super().__init__(lives.group)
+        made = lives._reductions(name, range(lives.size))
+        assert isinstance(made, Reductions)
+        self.adds = made.group
+        self.allreduce, self._reduce_scatter_base = self.adds.allreduce, self.adds._reduce_scatter_base
+
+
+def instead(lives: Gloo, name: str, _address: Address, _device: torch.device) -> ByOrder:
+    return ByOrder(lives.group) if name == "nccl" else Adds(lives, name)
+
+
 @contextmanager
 def carrier(timeout: float) -> Iterator[Nccl]:
     """Every message of the program goes over it."""
-    connected, nccl._connected = nccl._connected, lambda lives, _address, _device: ByOrder(lives.group)
+    connected, nccl._connected = nccl._connected, instead
     gloo = find_carrier(timeout, "gloo")[0]
     address = Address(gloo.rank, gloo.size, "127.0.0.1", 1, False)
     made = Nccl(gloo, gloo, CPU, address, timeout)
@@ -95,6 +112,25 @@ def train(strategy: str) -> Outcome | None:
         result = trainer(strategy, leaves=4)(made.rank)
         assert made.sent["order"] > 0
         return result
+
+
+def fast(strategy: str) -> list[Result]:
+    with carrier(20.0) as made:
+        result = trained(strategy, leaves=LEAVES, numerics="fast")
+        (label,) = {"reduce", "agree"} & set(made.sent)  # the other axis has nobody else
+        assert label == ("agree" if strategy == "ddp" else "reduce")
+        sums = list(made._sums.values())
+        assert [s.scatters for s in sums] == [True]
+        made._sums.clear()  # gloo closes them
+        return [result]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_fast_numerics(strategy: str, pool: Pool) -> None:
+    """Sums on a device are over when its streams say so; those inside a copy are scattered, of equal parts."""
+    results = [result for (result,) in pool.run(fast, strategy, world=3, timeout=20)]
+    assert_equal(results)
+    assert_close(results[0].whole, exact(LEAVES))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])

@@ -281,7 +281,12 @@ def test_each_pair_of_ranks_counts_for_itself() -> None:
 def joined(timeout: float) -> tuple[Gloo, Reductions]:
     carrier: Carrier = find_carrier(timeout, "gloo")[0]
     assert isinstance(carrier, Gloo)
-    return carrier, Reductions(carrier, carrier.group, streams=False)
+    make = carrier.sums(torch.device("cpu"))
+    assert make is not None
+    sums = make("world", range(2))
+    assert sums is make("world", range(2))
+    assert isinstance(sums, Reductions)
+    return carrier, sums
 
 
 def reduced() -> list[list[float]]:
@@ -294,7 +299,7 @@ def reduced() -> list[list[float]]:
     ]
     results = [transfer.wait()[0][0].tolist() for transfer in pending]
     assert all(transfer.ready() for transfer in pending)
-    assert dict(carrier.sent) == {"sum": 16, "part": 16, "gather": 4}
+    assert dict(carrier.sent) == {"sum": 16, "part": 8, "gather": 4}
     carrier.close()
     return results
 

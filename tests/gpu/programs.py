@@ -72,7 +72,10 @@ def reduced() -> list[list[float]]:
     with shoal.init("ddp", device="cuda", run_dir="none", timeout=TIMEOUT) as job:
         assert isinstance(job._carrier, Routed)
         assert isinstance(job._carrier.device, Nccl)
-        reductions = job._carrier.device.reductions
+        make = job._carrier.sums(job.device)
+        assert make is not None
+        reductions = make("test", range(2))
+        assert reductions.scatters
         mine = torch.arange(4.0, device=job.device) + job.rank
         pending = [
             reductions.all_reduce("sum world #1", mine.clone()),

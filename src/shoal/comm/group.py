@@ -1,13 +1,13 @@
 """The seam between what is exchanged and what carries it.
 
 A carrier moves tensors between pairs of ranks. A group is some ranks of the job and the few verbs that shoal needs,
-written once for all carriers. Sums are never left to a carrier: their order is ours.
+written once for all carriers. Sums are left to a carrier only by name (`Sums`): else their order is ours.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -92,6 +92,24 @@ class Common(Protocol):
         ...
 
 
+class Sums(Protocol):
+    """Sums over some ranks, in an order of the backend's own. All of them start the same ones in the same order."""
+
+    scatters: bool  # does a reduce-scatter cost less than an all-reduce?
+
+    def all_reduce(self, label: str, tensor: Tensor) -> Pending:
+        """Sum `tensor` over all ranks, in place. All of them get the same bits."""
+        ...
+
+    def reduce_scatter(self, label: str, whole: Tensor) -> Pending:
+        """Sum `whole` over all ranks; this one gets its equal share of it."""
+        ...
+
+
+MakeSums = Callable[[str, Sequence[int]], Sums]
+"""Over a group of this name and these world ranks, who all call it; once made, a name keeps what it has."""
+
+
 class Carrier(Protocol):
     """Moves tensors between the ranks of the job."""
 
@@ -130,6 +148,10 @@ class Carrier(Protocol):
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
         """Zeros that all these ranks see; None where they have no memory in common. Collective."""
+        ...
+
+    def sums(self, device: torch.device) -> MakeSums | None:
+        """What adds up tensors of this device faster than exact numerics can; None: nothing does."""
         ...
 
     def note(self, mark: str) -> None:

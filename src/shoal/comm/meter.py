@@ -9,7 +9,8 @@ from contextvars import copy_context
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Common, Done, Kept, Like, Parcel, Pending, current, new_strips
+from shoal.comm.group import Box, Common, Done, Kept, Like, MakeSums, Parcel, Pending, Sums, current, new_strips
+from shoal.comm.rounds import ALL_REDUCE, REDUCE_SCATTER, count
 from shoal.random import get_states, set_states
 
 
@@ -49,6 +50,12 @@ class Meter:
     ) -> Common | None:  # fmt: skip
         return Imagined(numel, dtype, device) if self.shared else None
 
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return None if self.shared else self._sums
+
+    def _sums(self, _name: str, ranks: Sequence[int]) -> Sums:
+        return Counted(self.sent, len(ranks))
+
     def note(self, mark: str) -> None:
         return
 
@@ -79,6 +86,23 @@ class Imagined:
 
     def current(self) -> Pending:
         return Done()
+
+
+class Counted:
+    """What a backend that all-reduces would send."""
+
+    scatters = False
+
+    def __init__(self, sent: Counter[str], size: int) -> None:
+        self.sent, self.size = sent, size
+
+    def all_reduce(self, label: str, tensor: Tensor) -> Pending:
+        count(self.sent, label, ALL_REDUCE, self.size, tensor)
+        return Done([[tensor]])
+
+    def reduce_scatter(self, label: str, whole: Tensor) -> Pending:
+        count(self.sent, label, REDUCE_SCATTER, self.size, whole)
+        return Done([[whole[: whole.numel() // self.size]]])
 
 
 def dry_run(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.boxes import Boxes, numbered
-from shoal.comm.group import Box, Common, Kept, Parcel, Pending, Strips
+from shoal.comm.group import Box, Common, Kept, MakeSums, Parcel, Pending, Strips
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded, tag_of
 from shoal.comm.pool import Pool
 from shoal.comm.waiter import Lost
@@ -84,6 +84,9 @@ class Mpi:
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
         return None
+
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return None  # MPI knows no bfloat16, and what it adds up moves on only while shoal calls it
 
     def note(self, mark: str) -> None:
         self.lives.note(mark)

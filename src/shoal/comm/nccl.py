@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from shoal.comm.boxes import Boxes, Numbered, numbered
-from shoal.comm.group import Box, Carrier, Common, Kept, Parcel, Pending, Strips
+from shoal.comm.group import Box, Carrier, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
 from shoal.comm.pool import Pool
 from shoal.comm.reductions import Reductions
@@ -119,8 +119,9 @@ class Nccl:
         self.host, self.lives, self.spare = host, lives, Pool()
         self.rank, self.size, self.sent = host.rank, host.size, host.sent
         self.closed, self.failed = False, False
-        self.group = bounded(lambda: _connected(lives, address, device), timeout + MARGIN, address)
-        self.reductions = Reductions(lives, self.group, streams=True)
+        self.on, self.address, self.timeout = device, address, timeout
+        self.group = self._connected("nccl", range(self.size))
+        self._sums: dict[str, Reductions] = {}
         self.order = Order(host)
         self.under_way: deque[Started] = deque()
         self._stop = threading.Event()
@@ -160,6 +161,23 @@ class Nccl:
     ) -> Common | None:  # fmt: skip
         return None
 
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return self._reductions
+
+    def _reductions(self, name: str, ranks: Sequence[int]) -> Sums:
+        """Over a communicator of their own: what goes between two ranks has an order that they know nothing of."""
+        if name not in self._sums:
+            group = self._connected(f"sums/{name}/{ranks[0]}", ranks)
+            self._sums[name] = Reductions(self.lives, group, ranks, streams=True)
+        return self._sums[name]
+
+    def _connected(self, name: str, ranks: Sequence[int]) -> Any:
+        place = self.address._replace(rank=list(ranks).index(self.rank), size=len(ranks))
+        return bounded(lambda: _connected(self.lives, name, place, self.on), self.timeout + MARGIN, self.address)
+
+    def _groups(self) -> list[Any]:
+        return [*(sums.group for sums in self._sums.values()), self.group]
+
     def note(self, mark: str) -> None:
         self.host.note(mark)
 
@@ -175,13 +193,15 @@ class Nccl:
     def fail(self, why: str) -> None:
         self.failed = True
         self._stop.set()
-        self.group.abort()
+        for group in self._groups():
+            group.abort()
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join(2 * TICK)
         if not self.closed:
-            (self.group.abort if self.failed else self.group.shutdown)()
+            for group in self._groups():
+                (group.abort if self.failed else group.shutdown)()
         self.closed = True
 
     def broken(self, label: str) -> PeerError:
@@ -201,7 +221,8 @@ class Nccl:
             if before and missed and before[0] == missed[0]:
                 self.lives.broken(self.under_way[0].label if self.under_way else "nccl", *missed)
             if self.lives.watch.ended is not None:
-                self.group.abort()
+                for group in self._groups():
+                    group.abort()
                 return
 
     def _missed(self) -> Lost | None:
@@ -323,9 +344,9 @@ class Asked:
 # ---------------------------------------------------------------- how ranks connect
 
 
-def _connected(lives: Gloo, address: Address, device: torch.device) -> Any:
+def _connected(lives: Gloo, name: str, address: Address, device: torch.device) -> Any:
     """A process group whose communicator is there: the first transfer, which not all may join, must not make it."""
-    store = PrefixStore("nccl", cast(Any, lives.watch.store).clone())  # the watch's own may be busy
+    store = PrefixStore(name, cast(Any, lives.watch.store).clone())  # the watch's own may be busy
     with _unwatched():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _NEVER

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from shoal.comm.boxes import Boxes, numbered
-from shoal.comm.group import Box, Common, Kept, Parcel, Pending, Strips
+from shoal.comm.group import Box, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
 from shoal.comm.pool import Pool
-from shoal.comm.sockets import all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
+from shoal.comm.reductions import Reductions
+from shoal.comm.sockets import Wires, all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
 from shoal.comm.waiter import Lost, Transfer, Waiter
 from shoal.comm.watch import TICK, Verdict, Watch
 from shoal.errors import EnvironmentFault, PeerError, PeerLost
@@ -84,15 +85,22 @@ class Gloo:
         self.closed, self.failed = False, False
         self.group: _Pairs | None
         self.waiter, self.spare = Waiter(), Pool()
+        self.address, self.timeout = address, timeout
+        self._sums: dict[str, Reductions] = {}
         before = sockets()
         store, self.devices, self.group = bounded(lambda: _meet(address, timeout), timeout + MARGIN, address)
-        wires = {fd: inode for fd, inode in sockets().items() if before.get(fd) != inode}
+        wires = self._take(before)
         to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
-        forget_in_children(wires, weakref.ref(self))
         self.watch = Watch(
             store, self.rank, self.size, timeout=timeout, report=report,
             alive=lambda: not lead_nowhere(to_store), server=None if address.agent_store else 0,
         )  # fmt: skip
+
+    def _take(self, before: Wires) -> Wires:
+        """The connections that have come since: they are this carrier's."""
+        wires = {fd: inode for fd, inode in sockets().items() if before.get(fd) != inode}
+        forget_in_children(wires, weakref.ref(self))
+        return wires
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         self.sent[label.split(" ")[0]] += sum(t.nbytes for _, strips in sends for t in strips)
@@ -118,6 +126,19 @@ class Gloo:
     ) -> Common | None:  # fmt: skip
         return None
 
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return self._reductions if device.type == "cpu" else None
+
+    def _reductions(self, name: str, ranks: Sequence[int]) -> Sums:
+        """Over connections of their own, as gloo knows what belongs together by its order."""
+        if name not in self._sums:
+            before, place = sockets(), self.address._replace(rank=list(ranks).index(self.rank), size=len(ranks))
+            store = PrefixStore(f"sums/{name}/{ranks[0]}", cast(Any, self.watch.store).clone())  # the own may be busy
+            group = bounded(lambda: _group(store, place), self.timeout + MARGIN, self.address)
+            self._wires = {**self._wires, **apart_from(self.address.port, self._take(before))}
+            self._sums[name] = Reductions(self, group, ranks, streams=False)
+        return self._sums[name]
+
     def note(self, mark: str) -> None:
         self.watch.note(mark)
 
@@ -142,6 +163,7 @@ class Gloo:
         self.watch.close()
         self.waiter.close()
         self.group, self.closed = None, True  # its connections end with it
+        self._sums.clear()
 
     def broken(self, label: str, peer: int, error: Exception) -> PeerError:
         """Why the transfer `label` with `peer` failed, by name; the other ranks are told."""
@@ -156,7 +178,10 @@ class Gloo:
 
     def missed(self) -> Lost | None:
         """The rank that is waited for, if its connection has failed without gloo's saying so (see `Waiter`)."""
-        return None if self.waiter.peer is None else self.severed(self.waiter.peer)
+        if self.waiter.peer is None:
+            return None
+        peers = [self.waiter.peer] if self.waiter.peer != self.rank else range(self.size)  # a sum waits for them all
+        return next((lost for peer in peers if peer != self.rank and (lost := self.severed(peer))), None)
 
     def severed(self, peer: int) -> Lost | None:
         """This rank, if its connection has failed."""
@@ -167,6 +192,19 @@ class Gloo:
         except RuntimeError as e:
             return peer, e
         return None
+
+    def heard(self, label: str, outcome: SimpleQueue[Lost | None]) -> Lost | None:
+        """What the waiter says about the transfer `label`, as soon as it does; or what it has missed."""
+        with self.watch.waiting(label):
+            missed = cast(Lost | None, None)
+            while True:
+                with suppress(Empty):
+                    return outcome.get(timeout=TICK)
+                if self.watch.judge() is not None:
+                    raise self.ended(label)
+                before, missed = missed, self.missed()
+                if before and missed and before[0] == missed[0]:
+                    return missed
 
     def ended(self, label: str) -> PeerError:
         """Why the job is over, for who was in the transfer `label`."""
@@ -202,18 +240,7 @@ class Works:
         return self.boxes.received()
 
     def _wait(self) -> None:
-        outcome = self._waited_for()
-        with self.carrier.watch.waiting(self.label):
-            lost, missed = None, None
-            while lost is None:
-                with suppress(Empty):
-                    lost = outcome.get(timeout=TICK)
-                    break
-                if self.carrier.watch.judge() is not None:
-                    raise self.carrier.ended(self.label)
-                before, missed = missed, self.carrier.missed()
-                if before and missed and before[0] == missed[0]:
-                    lost = missed
+        lost = self.carrier.heard(self.label, self._waited_for())
         if lost is not None:
             raise self.carrier.broken(self.label, *lost)
         self.works = []

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
 from shoal.comm import compat
 from shoal.comm.group import Pending, Strips
-from shoal.comm.pairwise import Gloo
+from shoal.comm.rounds import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, count
 from shoal.comm.waiter import Lost
-from shoal.comm.watch import TICK
+
+if TYPE_CHECKING:  # which makes them
+    from shoal.comm.pairwise import Gloo
 
 
 class Reductions:
@@ -21,31 +23,36 @@ class Reductions:
 
     Args:
         lives: knows who has died and says why the job ends.
-        group: a process group of one backend, over the same ranks as `lives`.
+        group: a process group of one backend.
+        ranks: world ranks, in the order of the group.
         streams: it works on streams of a device: who waits is the current stream, not this thread.
     """
 
-    def __init__(self, lives: Gloo, group: compat.Backend, *, streams: bool) -> None:
-        self.lives, self.group, self.streams = lives, group, streams
+    def __init__(self, lives: Gloo, group: compat.Backend, ranks: Sequence[int], *, streams: bool) -> None:
+        self.lives, self.group, self.ranks, self.streams = lives, group, tuple(ranks), streams
+        self.scatters = streams  # gloo's takes twice as long as its all-reduce
 
     def all_reduce(self, label: str, tensor: Tensor) -> Pending:
         """Sum `tensor` over all ranks, in place."""
-        return self._started(label, compat.all_reduce(self.group, tensor), tensor, tensor)
+        return self._started(label, ALL_REDUCE, tensor, compat.all_reduce(self.group, tensor), tensor, tensor)
 
     def reduce_scatter(self, label: str, whole: Tensor) -> Pending:
         """Sum `whole` over all ranks; this one gets its equal share of it."""
-        part = whole.new_empty(whole.numel() // self.lives.size)
-        return self._started(label, compat.reduce_scatter(self.group, part, whole), part, whole)
+        part = whole.new_empty(whole.numel() // len(self.ranks))
+        work = compat.reduce_scatter(self.group, part, whole)
+        return self._started(label, REDUCE_SCATTER, whole, work, part, whole)
 
     def all_gather(self, label: str, part: Tensor) -> Pending:
         """Every rank's `part`, in the order of ranks."""
-        whole = part.new_empty(part.numel() * self.lives.size)
-        return self._started(label, compat.all_gather(self.group, whole, part), whole, part)
+        whole = part.new_empty(part.numel() * len(self.ranks))
+        return self._started(label, ALL_GATHER, whole, compat.all_gather(self.group, whole, part), whole, part)
 
-    def _started(self, label: str, work: dist.Work, result: Tensor, sent: Tensor) -> Pending:
+    def _started(
+        self, label: str, rounds: int, whole: Tensor, work: dist.Work, result: Tensor, given: Tensor
+    ) -> Pending:  # fmt: skip
         self.lives.watch.at(label)
-        self.lives.sent[label.split(" ")[0]] += sent.nbytes
-        return Reduced(self, label, work, (result, sent))
+        count(self.lives.sent, label, rounds, len(self.ranks), whole)
+        return Reduced(self, label, work, (result, given))
 
 
 class Reduced:
@@ -81,19 +88,13 @@ class Reduced:
         return None
 
     def _on_host(self) -> Exception | None:
-        outcome, watch = self._waited_for(), self.of.lives.watch
-        with watch.waiting(self.label):
-            while True:
-                with suppress(Empty):
-                    lost = outcome.get(timeout=TICK)
-                    return lost and lost[1]
-                if watch.judge() is not None:
-                    raise self.of.lives.ended(self.label)
+        lost = self.of.lives.heard(self.label, self._waited_for())
+        return lost and lost[1]
 
     def _gone(self) -> int:
         """Some rank whose connection has failed. With several of them the first verdict on the job says who."""
         lives = self.of.lives
-        others = [rank for rank in range(lives.size) if rank != lives.rank]
+        others = [rank for rank in self.of.ranks if rank != lives.rank]
         return next((rank for rank in others if lives.severed(rank)), others[0])
 
     def release(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Carrier, Common, Kept, Like, Parcel, Pending, Strips
+from shoal.comm.group import Box, Carrier, Common, Kept, Like, MakeSums, Parcel, Pending, Strips
 
 Far = Callable[[torch.device], bool]
 
@@ -73,6 +73,9 @@ class Routed:
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
         return self._of(device).common(label, ranks, numel, dtype, device)
+
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return self._of(device).sums(device)
 
     def note(self, mark: str) -> None:
         self.host.note(mark)

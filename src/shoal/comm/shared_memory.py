@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.arena import Arena, Fence, View
-from shoal.comm.group import Box, Common, Done, Kept, Like, Parcel, Pending, Strips, new_strips
+from shoal.comm.group import Box, Common, Done, Kept, Like, MakeSums, Parcel, Pending, Strips, new_strips
 from shoal.comm.pairwise import Gloo
 from shoal.comm.rings import CLOSED, FAILED, INLINE, Message, Ring
 from shoal.comm.watch import TICK
@@ -155,6 +155,9 @@ class Shared:
         return Seen(self, label, view, offset, ranks, (numel, dtype))
 
     # ---------------------------------------------------------------- transfers
+
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return None  # nothing of gloo's comes near an ordered sum in memory that neighbours see
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         away = [parcel for parcel in sends if parcel[0] not in self.near]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.boxes import Boxes
-from shoal.comm.group import Box, Carrier, Common, Kept, Parcel, Pending, Strips
+from shoal.comm.group import Box, Carrier, Common, Kept, MakeSums, Parcel, Pending, Strips
 from shoal.comm.pool import Pool
 
 HOST = torch.device("cpu")
@@ -76,6 +76,9 @@ class Staged:
     def common(
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
+        return None
+
+    def sums(self, device: torch.device) -> MakeSums | None:
         return None
 
     def note(self, mark: str) -> None:

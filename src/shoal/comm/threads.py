@@ -16,7 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Common, Kept, Like, Parcel, Pending, Strips, current
+from shoal.comm.group import Box, Common, Kept, Like, MakeSums, Parcel, Pending, Strips, Sums, current
+from shoal.comm.rounds import ALL_REDUCE, REDUCE_SCATTER, count
 from shoal.errors import PeerError, PeerLost, StalledError
 from shoal.random import get_states, set_states
 
@@ -27,8 +28,8 @@ Key = tuple[int, int, str]
 class Board:
     """Where ranks leave messages, and who has the baton."""
 
-    def __init__(self, size: int, seed: int | None, *, common: bool) -> None:
-        self.common = common
+    def __init__(self, size: int, seed: int | None, *, common: bool, scatters: bool) -> None:
+        self.common, self.scatters = common, scatters
         self.size, self.order = size, random.Random(seed) if seed is not None else None
         self.changed = threading.Condition()
         self.mail: dict[Key, deque[Strips]] = {}
@@ -121,6 +122,12 @@ class Threads:
         number = int(letter[1])  # a later job's labels are the same
         return Seen(self, f"common {number}", [r for r in ranks if r != self.rank], letter[0])
 
+    def sums(self, device: torch.device) -> MakeSums | None:
+        return None if self.board.common else self._sums
+
+    def _sums(self, name: str, ranks: Sequence[int]) -> Sums:
+        return Added(self, name, ranks)
+
     def note(self, mark: str) -> None:
         self.board.doing[self.rank] = mark
 
@@ -179,6 +186,61 @@ class Letters:
         return
 
 
+class Added:
+    """Stands for a backend that adds up: in the order of ranks, which is no tree's."""
+
+    def __init__(self, carrier: Threads, name: str, ranks: Sequence[int]) -> None:
+        self.carrier, self.name, self.ranks, self.calls = carrier, name, ranks, 0
+        self.scatters = carrier.board.scatters
+
+    def all_reduce(self, label: str, tensor: Tensor) -> Pending:
+        count(self.carrier.sent, label, ALL_REDUCE, len(self.ranks), tensor)
+        return Adding(self, self._send(label, tensor), tensor, tensor, slice(None))
+
+    def reduce_scatter(self, label: str, whole: Tensor) -> Pending:
+        count(self.carrier.sent, label, REDUCE_SCATTER, len(self.ranks), whole)
+        share = whole.numel() // len(self.ranks)
+        at = self.ranks.index(self.carrier.rank) * share
+        return Adding(self, self._send(label, whole), whole.new_empty(share), whole, slice(at, at + share))
+
+    def _send(self, label: str, tensor: Tensor) -> str:
+        self.carrier.board.where[self.carrier.rank] = label
+        self.calls += 1
+        place = f"sum {self.name} {self.calls}"  # a backend knows calls by their order alone
+        for peer in self.ranks:
+            if peer != self.carrier.rank:
+                self.carrier.mail((peer, place), [tensor.detach().clone()])
+        return place
+
+
+class Adding:
+    """A sum over ranks that waits for theirs."""
+
+    def __init__(self, of: Added, place: str, result: Tensor, mine: Tensor, part: slice) -> None:
+        self.of, self.place, self.result, self.mine, self.part = of, place, result, mine.clone(), part
+        self.over = False
+
+    def ready(self) -> bool:
+        carrier = self.of.carrier
+        mail, me = carrier.board.mail, carrier.rank
+        return self.over or all(mail.get((r, me, self.place)) for r in self.of.ranks if r != me)
+
+    def wait(self) -> Sequence[Strips]:
+        if not self.over:
+            carrier = self.of.carrier
+            me, board = carrier.rank, carrier.board
+            all_of = [self.mine if r == me else board.receive(me, (r, me, self.place))[0] for r in self.of.ranks]
+            assert all(t.shape == self.mine.shape for t in all_of), self.place
+            self.result.copy_(all_of[0][self.part])
+            for t in all_of[1:]:
+                self.result.add_(t[self.part])
+            self.over = True
+        return [[self.result]]
+
+    def release(self) -> None:
+        return
+
+
 class Seen:
     """Memory that some ranks have in common. That a part is current travels as an empty letter."""
 
@@ -219,7 +281,7 @@ class Currency:
 
 
 def run(
-    size: int, rank_main: Callable[[int], T], *, seed: int | None = None, common: bool = False
+    size: int, rank_main: Callable[[int], T], *, seed: int | None = None, common: bool = False, scatters: bool = False
 ) -> list[T]:  # fmt: skip
     """Run `rank_main(rank)` in `size` threads, in each of which `shoal.init` finds its place.
 
@@ -228,6 +290,7 @@ def run(
         rank_main: the program of one rank.
         seed: shuffle who runs next; None takes turns.
         common: have ranks memory in common, as processes of one host can?
+        scatters: fast numerics play a backend whose reduce-scatter is fast (NCCL), not one that all-reduces (gloo).
 
     Returns:
         What each rank returned.
@@ -235,7 +298,8 @@ def run(
     Raises:
         Exception: the first rank's own error; that a peer is lost or stuck counts only if nobody had another.
     """
-    board, results, errors = Board(size, seed, common=common), dict[int, T](), dict[int, BaseException]()
+    board = Board(size, seed, common=common, scatters=scatters)
+    results, errors = dict[int, T](), dict[int, BaseException]()
     states = get_states()
 
     def body(rank: int) -> None:

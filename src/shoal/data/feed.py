@@ -150,11 +150,12 @@ class LeafFeed:
             self.say = None
 
     def _what_a_leaf_is(self, batches: int) -> str:
+        bits = "bits" if self.strategy.numerics == "exact" else "numbers but for rounding"
         if batches == 1:
-            return f"a leaf is one batch of the loader, {self.leaves} a step: the same bits at any world size"
+            return f"a leaf is one batch of the loader, {self.leaves} a step: the same {bits} at any world size"
         return (
             f"a leaf is the {batches} batches between two calls of optimizer.step(), {self.leaves} a step: the same "
-            "bits at this world size only; for any, leaves= and step() after every batch"
+            f"{bits} at this world size only; for any, leaves= and step() after every batch"
         )
 
     def _leaf_opens(self, engine: Engine, leaf: Leaf) -> None:

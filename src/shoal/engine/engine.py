@@ -14,6 +14,7 @@ from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.engine.autograd import at_end_of_backward, graph_task
 from shoal.engine.buffers import Buffers
+from shoal.engine.fast import Axes
 from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf, LeafInfo
 from shoal.engine.presence import Presence, shares
@@ -46,18 +47,19 @@ class Engine:
         overlap: follow a plan from the second leaf on; False: any number of backward calls, nothing at the same time.
         number: of the model in its job.
         scale: of losses; None: they are not scaled.
+        axes: who adds up gradients, where numerics are fast.
     """
 
     def __init__(
         self, model: nn.Module, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules,
         assignment: Assignment, leaves: int, *, twig: int = 1, overlap: bool = True, number: int = 0,
-        scale: LossScale | None = None,
+        scale: LossScale | None = None, axes: Axes | None = None,
     ) -> None:  # fmt: skip
         self.number, self.scale = number, scale
         self.all_turns = False
         self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
         self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
-        self.gradients = Gradients(units, mesh, meeting, rules, number, scale)
+        self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes)
         self.updates = Updates(self.gradients, self._renew)
         self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
         self.set_leaves(assignment, leaves, twig)

@@ -16,6 +16,7 @@ from shoal.comm.meter import Meter
 from shoal.comm.pool import Pool
 from shoal.engine.away import AwayGrad
 from shoal.engine.cells import local_gradient
+from shoal.engine.fast import Axes, Fast
 from shoal.engine.leaf import Leaf
 from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.sums import Flow, Mean, Sum, Sums, agree, between, drain, even_bounds, keep, new_tree, own, swap
@@ -59,11 +60,12 @@ class Gradients:
         rules: those of the moment after backward say what travels, and in which turn.
         number: of the model in its job.
         scale: of losses, by which gradients are divided as they are taken.
+        axes: who adds up, where numerics are fast; None: we do.
     """
 
     def __init__(
         self, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules, number: int,
-        scale: LossScale | None,
+        scale: LossScale | None, axes: Axes | None = None,
     ) -> None:  # fmt: skip
         self.number, self.scale = number, scale
         self.overflow: Overflow | None = None  # of this step, on this rank
@@ -72,6 +74,7 @@ class Gradients:
         self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
         self.names = [n for u in self.units for n in u.params]
         self.pool = Pool()
+        self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         self.guards = {n: AwayGrad(p, n) for u in self.units for n, p in u.params.items()}
         self.piece_guards = {u.index: [(p, AwayGrad(p, n)) for n, p in u.pieces.items()] for u in self.units}
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
@@ -281,6 +284,11 @@ class Gradients:
         came: Pending | None = None
         key = f"unit {unit.index} turn {leaf.serial}"  # each rank goes on as soon as it can
         turns, tree = self.turns, self.sums[unit.index]  # of this step; a next one may have begun when all is done
+        if self.fast is not None:
+            sums, last = drain(self.mine[unit.index]), Op.AGREE in ops
+            done = yield from self.fast.journey(unit, sums, self.turns, key, last=last)
+            self.results |= {unit.index: done} if done is not None else {}
+            return
         if Op.REDUCE in ops:
             came = yield from self._reduce(unit, tree, leaf.turn, key)
         if Op.AGREE in ops:

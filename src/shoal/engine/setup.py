@@ -22,6 +22,7 @@ from shoal.engine.binding import Binding
 from shoal.engine.cells import local
 from shoal.engine.compiling import check_uncompiled, compile_blocks
 from shoal.engine.engine import Engine
+from shoal.engine.fast import axes_of
 from shoal.engine.fill import Fill, Filler
 from shoal.engine.guards import Uncopied, bring_up_to_date, guard_model, guard_optimizer
 from shoal.engine.hooks import install
@@ -86,9 +87,10 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
         names |= optim.point_to_pieces(optimizer, units)
     s = w.strategy
     assert s.leaves is not None
+    axes = axes_of(w.mesh, w.device) if s.numerics == "fast" else None
     engine = Engine(
         model, units, w.mesh, w.meeting, w.rules, leaves_of(s, w.mesh, w.rules), s.leaves, twig=s.twig,
-        overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None,
+        overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None, axes=axes,
     )  # fmt: skip
     engine.say = w.say
     engine.gradients.gated = w.pending
@@ -258,5 +260,11 @@ def plan_line(binding: Binding, world: int) -> str:
         f"{len(units)} units, {total:,} parameters ({trained:,} trained); "
         f"parameters {kinds(lambda u: u.dtypes.compute)}, "
         f"masters and optimizer state {kinds(lambda u: u.dtypes.master)}, "
-        f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}"
+        f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}, numerics {_numerics(binding)}"
     )
+
+
+def _numerics(binding: Binding) -> str:
+    if binding.strategy.numerics == "fast" and binding.engine.gradients.fast is None:
+        return "fast (exact here: nothing adds up faster)"
+    return binding.strategy.numerics
