@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def memory(bindings: Sequence[Binding], world: Group) -> Memory:
     return Memory(
         entries=(*entries, *carrying),
         title=f"memory of rank {world.rank} of {world.size}: {strategy.name}, {strategy.precision}",
-        measured=measured(bindings[0].engine.units[0].device),
+        measure=partial(measured, bindings[0].engine.units[0].device),
     )
 
 
@@ -131,7 +132,7 @@ def _bill(unit: Unit, gradients: Gradients, above: int) -> UnitBill:
 
 
 def _units_now(units: Sequence[Unit]) -> dict[str, int]:
-    now = dict.fromkeys(("parameters", "gathered", "masters", "wide"), 0)
+    now: dict[str, int] = {"parameters": 0, "gathered": 0, "masters": 0, "wide": 0}
     for unit in units:
         same = unit.dtypes.compute == unit.dtypes.master
         if unit.common is not None:  # what all see is counted by who fills it
@@ -183,4 +184,4 @@ def _states_predicted(optimizer: Optimizer, binding: Binding) -> int:
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of their storages, each once."""
     storages = [t.untyped_storage() for t in tensors]
-    return sum({s._cdata: s.nbytes() for s in storages}.values())
+    return sum({s._cdata: s.nbytes() for s in storages}.values())  # pyright: ignore[reportPrivateUsage]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -250,12 +250,12 @@ class Memory(Mapping[str, int]):
     Args:
         entries: the ledger.
         title: which rank of what.
-        measured: bytes by name, as the system tells them; empty where it does not.
+        measure: asks the system, which takes milliseconds in a large process.
     """
 
     entries: tuple[Entry, ...]
     title: str
-    measured: Mapping[str, int]
+    measure: Callable[[], Mapping[str, int]]
 
     def __getitem__(self, kind: str) -> int:
         if kind not in KINDS:
@@ -267,6 +267,11 @@ class Memory(Mapping[str, int]):
 
     def __len__(self) -> int:
         return len(KINDS)
+
+    @property
+    def measured(self) -> Mapping[str, int]:
+        """Bytes by name as the system tells them now; empty where it does not."""
+        return self.measure()
 
     @property
     def total(self) -> int:
