@@ -23,9 +23,8 @@ def one_process(leaves: int, optimizer: str, precision: str) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, precision=precision, make_optimizer=OPTIMIZERS[optimizer])
 
 
-@pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("optimizer", "common"), [("sgd", False), ("adamw", False), ("adamw", True)])
 @pytest.mark.parametrize("leaves", [4, 12])
 @pytest.mark.parametrize(("name", "world", "ranks_per_copy"), GRID)
 def test_equals_one_process(
@@ -57,16 +56,20 @@ def test_cuts_and_overlap_change_nothing(name: str, cut: Cut, overlap: bool) -> 
 
 
 @pytest.mark.parametrize("common", [False, True])
-@pytest.mark.parametrize("clip", [0.5, None])
-@pytest.mark.parametrize("leaves", [3, 4, 6])
-@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (1, 2, 3, 6)])
+@pytest.mark.parametrize(("leaves", "clip"), [(3, None), (4, 0.5), (6, None)])
+@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (2, 3, 4)])
 def test_pending_updates_change_nothing(
     name: str, world: int, ranks_per_copy: int | None, leaves: int, clip: float | None, common: bool
 ) -> None:
     """Nor does it in which order they are done, nor what a scheduler has set meanwhile."""
     strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
-    got = on_threads(world, strategy, leaves=leaves, clip=clip, epochs=2, pending=True, common=common, order=world)
-    assert got == on_threads(1, "ddp", leaves=leaves, clip=clip, epochs=2)
+    got = on_threads(world, strategy, leaves=leaves, clip=clip, pending=True, common=common, order=world)
+    assert got == clipped(leaves, clip)
+
+
+@cache
+def clipped(leaves: int, clip: float | None) -> Outcome:
+    return on_threads(1, "ddp", leaves=leaves, clip=clip)
 
 
 @pytest.mark.parametrize("order", range(5))
