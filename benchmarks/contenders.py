@@ -174,8 +174,8 @@ def _shoal(strategy: str, settings: Settings) -> Callable[[Model], AbstractConte
 
 
 def shoal(strategy: str, words: str = "", **settings: object) -> Contender:
-    """A contender of shoal's own. `words` follow its name; `settings` go to `shoal.init`."""
-    name = f"shoal {strategy} {words}".rstrip()
+    """A contender of shoal's own. `words` stand before its name; `settings` go to `shoal.init`."""
+    name = " ".join(filter(None, ("shoal", words, strategy)))
     if strategy == "hybrid":
         opened = _shoal(strategy, settings | {"ranks_per_copy": 2})
         return Contender(name=name, function=Function.ZERO3, open=opened, per_copy=2, fewest=4)
@@ -203,6 +203,9 @@ CONTENDERS = (
     shoal("zero3"),
     shoal("hybrid"),
     # Exact numerics against gloo's own sums, which only gloo has: shared memory would make both of them exact.
+    shoal("ddp", "pending", pending=True),
+    shoal("zero1", "pending", pending=True),
+    shoal("zero3", "pending", pending=True),
     shoal("ddp", "gloo", carrier="gloo"),
     shoal("ddp", "fast", carrier="gloo", numerics="fast"),
     shoal("zero3", "gloo", carrier="gloo"),

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from model import GPT, Sizes, batch_of, loss_of
+from models import Sizes, gpt
 from torch import nn
 
 import shoal
@@ -101,8 +101,9 @@ def run(case: Case, device: torch.device) -> Found:
     if case.strategy is not None:
         job = shoal.init(case.strategy, device=device, precision=case.precision, run_dir="none", timeout=300.0)
     torch.manual_seed(0)
+    task = gpt("gpt", "of any size", case.sizes)
     with device:
-        model: nn.Module = GPT(case.sizes)
+        model: nn.Module = task.build()
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     if job is not None:
@@ -110,11 +111,11 @@ def run(case: Case, device: torch.device) -> Found:
     rank = job.rank if job is not None else 0
     took, losses, low = list[float](), list[float](), case.precision == "bfloat16" and job is None
     for step in range(WARM_UP + case.steps):
-        tokens, targets = (t.to(device) for t in batch_of(case.sizes, step, rank))
+        tokens, targets = (t.to(device) for t in task.batch(step, rank))
         _settled(device)
         begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
-            loss = loss_of(model(tokens).float(), targets)
+            loss = task.loss(model(tokens).float(), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -252,7 +252,8 @@ class Job:
         wanted = setup.Wanted(
             strategy=self.strategy, rules=rules(self.strategy), mesh=mesh, meeting=self._meeting,
             overlap=self.resolved.settings.overlap, pending=self.resolved.settings.pending, units=units,
-            elementwise=elementwise, float32=float32, fill=fill, compile=compile, device=self.device, facts=facts, say=self._say, ended=self._feed.ended,
+            elementwise=elementwise, float32=float32, fill=fill, compile=compile,
+            device=self.device, facts=facts, say=self._say, ended=self._feed.ended,
             number=len(self._bindings), first=sum(len(b.engine.units) for b in self._bindings.values()),
             prefix=f"{name}/" if name else "",
         )  # fmt: skip

@@ -13,7 +13,7 @@ PARTS = """
 import torch
 import gpu
 from dataclasses import replace
-from model import GPT, Sizes
+from models import GPT, Sizes
 
 tiny = Sizes(width=32, layers=2, heads=2, vocabulary=64, context=16, batch=2)
 found = {}
