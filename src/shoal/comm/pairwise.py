@@ -178,10 +178,10 @@ class Gloo:
 
     def missed(self) -> Lost | None:
         """The rank that is waited for, if its connection has failed without gloo's saying so (see `Waiter`)."""
-        if self.waiter.peer is None:
-            return None
-        peers = [self.waiter.peer] if self.waiter.peer != self.rank else range(self.size)  # a sum waits for them all
-        return next((lost for peer in peers if peer != self.rank and (lost := self.severed(peer))), None)
+        peers = self.waiter.peers
+        if self.rank in peers:  # a sum waits for all
+            peers = set(range(self.size))
+        return next((lost for peer in sorted(peers) if peer != self.rank and (lost := self.severed(peer))), None)
 
     def severed(self, peer: int) -> Lost | None:
         """This rank, if its connection has failed."""

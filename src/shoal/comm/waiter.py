@@ -18,17 +18,40 @@ Lost = tuple[int, Exception]
 
 
 class Waiter:
-    """Waits for transfers, one list after the other."""
+    """Threads that wait for transfers, one for each list under way: none waits behind another, which may depend on it."""
 
     def __init__(self) -> None:
+        self._threads: list[_Thread] = []
+
+    @property
+    def peers(self) -> set[int]:
+        """For whom they wait now."""
+        return {t.peer for t in self._threads if t.busy and t.peer is not None}
+
+    def wait_for(self, works: list[Transfer]) -> SimpleQueue[Lost | None]:
+        """Where the outcome will come: None if all is well."""
+        thread = next((t for t in self._threads if not t.busy), None)
+        if thread is None:
+            thread = _Thread()
+            self._threads.append(thread)
+        return thread.wait_for(works)
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.close()
+
+
+class _Thread:
+    def __init__(self) -> None:
         self.peer: int | None = None  # for whom it waits now
+        self.busy = False
         self._todo: SimpleQueue[tuple[list[Transfer], SimpleQueue[Lost | None]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="shoal-wait", daemon=True)
         self._thread.start()
 
     def wait_for(self, works: list[Transfer]) -> SimpleQueue[Lost | None]:
-        """Where the outcome will come: None if all is well."""
         outcome = SimpleQueue[Lost | None]()
+        self.busy = True
         self._todo.put((works, outcome))
         return outcome
 
@@ -39,7 +62,9 @@ class Waiter:
     def _run(self) -> None:
         while (task := self._todo.get()) is not None:
             works, outcome = task
-            outcome.put(self._wait(works))
+            lost = self._wait(works)
+            self.busy = False
+            outcome.put(lost)
             del task, works, outcome  # buffers are not kept until the next
 
     def _wait(self, works: list[Transfer]) -> Lost | None:
