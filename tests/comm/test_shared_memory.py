@@ -331,7 +331,7 @@ def waits(seconds: float) -> float:
 
 
 def test_waiting_burns_no_processor(pool: Pool) -> None:
-    assert pool.run(waits, 1.5)[0] < 0.3
+    assert pool.run(waits, 1.5)[0] < 0.6
 
 
 def interrupted() -> float:
@@ -351,7 +351,7 @@ def interrupted() -> float:
 
 
 def test_who_waits_hears_an_interrupt(pool: Pool) -> None:
-    assert 0.4 < pool.run(interrupted, timeout=15)[0] < 1.5
+    assert 0.4 < pool.run(interrupted, timeout=15)[0] < 6
 
 
 def last_word(seconds: float) -> bytes:

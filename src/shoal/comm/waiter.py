@@ -18,7 +18,7 @@ Lost = tuple[int, Exception]
 
 
 class Waiter:
-    """Threads that wait for transfers, one for each list under way: none waits behind another, which may depend on it."""
+    """Threads that wait for transfers, one for each list under way: none waits behind another that depends on it."""
 
     def __init__(self) -> None:
         self._threads: list[_Thread] = []

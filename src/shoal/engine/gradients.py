@@ -214,6 +214,9 @@ class Gradients:
         ops = [r.op for r in self.rules if last or not r.last]
         self._learn_weights(leaf)
         self.wait_for(unit)  # those of the turn before
+        if Op.AGREE in ops and self.fast is None and unit.index not in self.commons:  # all start in one order
+            numel = unit.mine.stop - unit.mine.start
+            self.commons[unit.index] = self.mesh.copies.common(numel, unit.dtypes.reduce, unit.device)
         flow = self._journey(unit, ops, leaf)
         first = next(flow, None)
         if first is not None:
@@ -335,14 +338,12 @@ class Gradients:
             flat = self.pool.take(stop - start, like.dtype, like.device)
             self.results[unit.index] = keep(tree.take(), turns.total, runs, start, flat, self.pool)
             return
-        if unit.index not in self.commons:
-            self.commons[unit.index] = copies.common(stop - start, like.dtype, like.device)
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
         bounds = even_bounds(start, stop, copies.size)
         gate = Gate() if self.gated else None
         self.results[unit.index] = yield from agree(
             copies, bounds, runs, drain(tree), theirs, turns.total, turns.twigs, self.pool, like,
-            self.commons[unit.index], key, gate,
+            self.commons.get(unit.index), key, gate,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- at the end of a step
