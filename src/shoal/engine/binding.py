@@ -111,7 +111,7 @@ class Binding:
             else:
                 engine.end_leaf()
         self.on_step(self)
-        if self.stepped and not engine.settled and len(self.optimizers) == 1 and optim.by_units(optimizer):
+        if self.stepped and not engine.settled and self._by_units(optimizer):
             engine.later = self.later and not self.averages
             engine.update(self._updater(optimizer))
         elif self.stepped:
@@ -121,6 +121,11 @@ class Binding:
         self._waiting.remove(optimizer)
         if not self._waiting:
             self.finish()
+
+    def _by_units(self, optimizer: Optimizer) -> bool:
+        """May units be updated one by one? What the groups hold besides pieces is refused by a step of all."""
+        alone = len(self.optimizers) == 1 and optim.by_units(optimizer)
+        return alone and all(p in self.holder for group in optimizer.param_groups for p in group["params"])
 
     def _updater(self, optimizer: Optimizer) -> Callable[[Unit], None]:
         """The optimizer's step as it is set now, on the pieces of one unit."""
