@@ -231,7 +231,7 @@ def test_only_waiting_tells(pool: Pool, tmp_path: Path) -> None:
     for result in pool.start(go, "zero1", "clip", str(tmp_path)).results(TIMEOUT + 6, grace=SLACK):
         error = result.exception
         assert isinstance(error, StalledError), result.error
-        assert "    rank 0 waits in 'gather shard #" in error.what
+        assert "    rank 0 waits in 'gather shard unit 0 step 2'" in error.what
         assert "(ends step 2)\n    rank 1 waits in 'meet world #" in error.what
         assert "(is in clip_grad_norm of step 2)" in error.what
         assert error.at - float((tmp_path / "done").read_text()) < TIMEOUT + SLACK
