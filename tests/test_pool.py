@@ -113,7 +113,7 @@ def die_with_a_child_left(path: str) -> None:
 
 
 def die_after_the_call() -> None:
-    threading.Timer(0.05, os._exit, [7]).start()
+    threading.Timer(0.3, os._exit, [7]).start()
 
 
 def say(text: str) -> None:

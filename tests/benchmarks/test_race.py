@@ -69,7 +69,8 @@ def test_a_shoal_and_a_torch_contender_race(tmp_path: Path) -> None:
     losses = [found[case, "final_loss"] for case in talking]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert all(0 < found[case, "at_rest"] <= found[case, "peak"] for case in talking)
-    assert all(found[case, "wire"] > 0.5 * found[case, "payload_formula"] for case in talking)
+    wires = [found[case, "wire"] / found[case, "payload_formula"] for case in talking]
+    assert wires[0] > 0.5 > wires[1]  # ours goes through memory
     table = done.stdout[done.stdout.index("loopback-2, trial: 0.03 M parameters") :]
     assert all(case.removeprefix(f"{place} ") in table for case in talking)
     drawn = {path.name for path in plots.iterdir()}

@@ -89,7 +89,8 @@ def test_each_rank_holds_less_than_plain_data_parallelism(found: Found) -> None:
     for use in uses:
         assert use["memory"]["parameters"] == 0  # between steps
         assert use["memory"]["optimizer"] < 0.51 * plain["optimizer"] + 1000
-        assert sum(use["memory"].values()) < sum(plain.values())
+        state = sum(size for kind, size in use["memory"].items() if kind != "staging")  # of a fixed size
+        assert state < sum(plain.values())
         assert use["sent"] > 0
 
 

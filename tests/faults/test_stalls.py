@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_a_rank_is_stopped(carrier: str, pool: Pool, tmp_path: Path) -> None:
 
     error = stalled(*second, 1)
     assert error.what.startswith(TABLE + "    rank 0 ")
-    assert "\n    rank 1 waits in 'reduce shard " in error.what
+    assert re.search("\n    rank 1 waits in '(reduce shard|meet world) ", error.what)  # the vote needs no gradients
     assert error.what.endswith("\n    rank 0, which keeps these marks, does not answer: the marks may be old")
     assert len(error.reports) == 1
 
@@ -67,17 +68,17 @@ def stalled(folder: Path, results: list[Result], rank: int) -> StalledError:
 
 
 @pytest.mark.parametrize(
-    ("carrier", "strategy", "moment", "verb"),
-    [("gloo", "zero3", "forward", "gather"), ("shared", "zero2", "before reduce", "reduce")],
+    ("carrier", "strategy", "moment", "transfer"),
+    [("gloo", "zero3", "forward", "gather shard"), ("shared", "zero2", "before reduce", "(reduce shard|meet world)")],
 )
 def test_one_of_three_is_stopped(
-    carrier: str, strategy: str, moment: str, verb: str, pool: Pool, tmp_path: Path
+    carrier: str, strategy: str, moment: str, transfer: str, pool: Pool, tmp_path: Path
 ) -> None:
     cases = [(strategy, moment, "stop", 1)]
     ((folder, results),) = all_at_once(pool, carrier, tmp_path, cases, world=3, grace=SLACK)
     errors = [stalled(folder, results, rank) for rank in (0, 2)]
     assert str(errors[0]) == str(errors[1])  # the first one's word
-    assert f"    rank 0 waits in '{verb} shard " in errors[0].what
+    assert re.search(f"    rank 0 waits in '{transfer} ", errors[0].what)
     assert "    rank 1 runs since '" in errors[0].what
 
 

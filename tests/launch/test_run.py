@@ -175,6 +175,16 @@ def test_others_have_time_to_leave_by_themselves(script: Script, tmp_path: Path)
     assert (tmp_path / "left").exists()
 
 
+def test_who_told_its_story_and_then_takes_too_long_to_leave_is_heard(
+    script: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = "import atexit; atexit.register(time.sleep, 60)\narrive(); wait_for(1 - rank)\n"
+    outcome = launch([script(body + "time.sleep(0.5 * rank); raise ValueError(f'of {rank}')")], workers=2)
+    assert [(end.code, end.by_launcher) for end in outcome.ranks] == [(1, False), (1, False)]
+    assert outcome.exit_code == 1
+    assert "\nrank 1: ValueError: of 1\n" in capfd.readouterr().err
+
+
 def test_a_stubborn_rank_and_its_children_are_killed(script: Script, tmp_path: Path) -> None:
     body = """
 if rank == 0:

@@ -24,10 +24,17 @@ class Seen(NamedTuple):
     most: int
 
 
-def pages() -> int:
-    """Bytes of shared memory that this process has mapped, by part."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Shmem:"))
+def pages() -> dict[str, int]:
+    """Bytes that this process has mapped, by part, of each piece of memory that ranks have in common (by inode)."""
+    found: dict[str, int] = {}
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            name = words[4] if "memfd:" in line else ""
+        elif name and words[0] == "Pss:":
+            found[name] = found.get(name, 0) + int(words[1]) * 1024
+    return found
 
 
 def train(strategy: str) -> Seen:
@@ -41,7 +48,7 @@ def train(strategy: str) -> Seen:
             optimizer.zero_grad()
         memory = job.memory()
         job.mean(torch.zeros(()))  # nobody leaves before all have looked
-        found = pages() - before
+        found = sum(size for name, size in pages().items() if name not in before)
         job.mean(torch.zeros(()))
         staging = next(e for e in memory.entries if e.name == "staging")
         in_arena = {"ddp": ("common gradient",), "zero1": ("parameters",), "zero3": ("masters",)}[strategy]

@@ -121,6 +121,6 @@ class Updates:
     def _renew(self, unit: Unit) -> None:
         assert self.decided is not None
         del self.updated[unit.index]
-        self.gradients.forget(unit)
         self.renew(unit, self.decided)
+        self.gradients.forget(unit)
         self.coming[unit.index] = unit

@@ -179,11 +179,12 @@ def _free_port() -> int:
 
 def _ended(end: Exit, directory: RunDir) -> Ended:
     failure = Failure.read(_failure_file(directory, end.rank)) if end.code else None
+    itself = end.told is None or (failure is not None and failure.time <= end.told)
     return Ended(
         rank=end.rank,
-        code=end.code,
+        code=failure.exit_code if failure and itself and end.told is not None else end.code,  # it took long to leave
         time=end.time,
-        by_launcher=end.told is not None and (failure is None or failure.time > end.told),
+        by_launcher=not itself,
         failure=failure,
         last_words="" if failure else _tail(_log(directory, end.rank)),
     )
