@@ -30,10 +30,14 @@ PROCESSES = (
 """Tests that start processes: one after the other, beside those that do not."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(HERE).parts[0] in PROCESSES:
             item.add_marker(pytest.mark.xdist_group("processes"))
+        every = item.get_closest_marker("every")
+        if every is not None and sum(item.callspec.indices.values()) % every.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

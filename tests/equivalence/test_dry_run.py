@@ -33,6 +33,7 @@ def program(strategy: Strategy, leaves: int, precision: str) -> Callable[[int], 
     return rank_main
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("leaves", [3, 4])
