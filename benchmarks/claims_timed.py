@@ -56,7 +56,7 @@ def linear_speed_up(quick: bool) -> Finding:
         took = seconds(model, names, quick)
         for name in names[1:]:
             factors.append(RANKS * took[ONE] / took[name])
-            seen.append(Seen(case=f"{model}, {name}", metric=f"{RANKS} ranks against 1", value=factors[-1], unit="samples/s"))
+            seen.append(Seen(case=f"{model}, {name}", metric=f"{RANKS} ranks against 1", value=factors[-1], unit="times"))
     return Finding(
         holds=min(factors) >= 0.98 * RANKS,
         because="gradients must be exchanged, and ranks of one host share its memory and caches: much computing per "

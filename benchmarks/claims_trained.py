@@ -91,13 +91,13 @@ def sharding_lowers_accuracy(quick: bool) -> Finding:
     data = Data.drawn(512, 0.1)
     epochs = 1 if quick else 8
     alone = train(data, "ddp", 1, leaves=4, batch=64, epochs=epochs, adam=True)
-    seen = [Seen(case="one process", metric="held-out accuracy", value=alone.held_out, unit="")]
+    seen = [Seen(case="one process", metric="held-out accuracy", value=alone.held_out, unit="of 1")]
     holds = False
     for strategy in ("ddp", "zero1", "zero2", "zero3"):
         got = train(data, strategy, 4, leaves=4, batch=64, epochs=epochs, adam=True)
         differ = int((got.parameters != alone.parameters).sum())
         holds |= got.held_out < alone.held_out
-        seen.append(Seen(case=f"{strategy}, 4 ranks", metric="held-out accuracy", value=got.held_out, unit=""))
+        seen.append(Seen(case=f"{strategy}, 4 ranks", metric="held-out accuracy", value=got.held_out, unit="of 1"))
         seen.append(Seen(case=f"{strategy}, 4 ranks", metric="parameters differ", value=differ, unit="element"))
     return Finding(
         holds=holds,
@@ -115,8 +115,8 @@ def prevents_overfitting(quick: bool) -> Finding:
         got = train(data, "ddp", world, leaves=4, batch=64, epochs=epochs, adam=True)
         gaps[world] = got.train - got.held_out
         case = f"{world} rank{'s' if world > 1 else ''}, 40 % wrong labels"
-        seen.append(Seen(case=case, metric="training accuracy", value=got.train, unit=""))
-        seen.append(Seen(case=case, metric="held-out accuracy", value=got.held_out, unit=""))
+        seen.append(Seen(case=case, metric="training accuracy", value=got.train, unit="of 1"))
+        seen.append(Seen(case=case, metric="held-out accuracy", value=got.held_out, unit="of 1"))
     return Finding(
         holds=gaps[4] < gaps[1],
         because="it is the same training, spread out: the wrong labels are learned as well, and the gap is the same",
