@@ -22,11 +22,29 @@ from finding import Claim, Finding, Seen
 CLAIMS: Sequence[Claim] = (*claims_timed.CLAIMS, *claims_counted.CLAIMS, *claims_trained.CLAIMS)
 """Those first that fork ranks: later on this process has had threads."""
 
+MARKER = "<!-- measured: benchmarks/claims.py --page -->"
+
 
 def told(claim: Claim, finding: Finding) -> str:
     """A claim as it is printed, and as docs/claims.md shows it."""
     verdict = "holds here" if finding.holds else "false"
     return "\n".join([f'"{claim.words}": {verdict}', *(f"  {seen}" for seen in finding.seen), f"  {finding.because}"])
+
+
+def page(claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
+    """The same as a part of docs/claims.md."""
+    parts: list[str] = []
+    for claim, found in zip(claims, findings, strict=True):
+        seen = "\n".join(map(str, found.seen))
+        verdict = "Holds in what was measured here" if found.holds else "False"
+        parts.append(f'## "{claim.words}"\n\n{verdict}: {found.because}.\n\n```text\n{seen}\n```\n')
+    return "\n".join(parts)
+
+
+def rewrite(file: Path, text: str) -> None:
+    """Put it in place of all that is below the marker."""
+    before, marker, _ = file.read_text().partition(MARKER)
+    file.write_text(f"{before}{marker or MARKER}\n\n{text}")
 
 
 def lines(name: str, seen: Sequence[Seen]) -> list[dict[str, object]]:
@@ -36,11 +54,12 @@ def lines(name: str, seen: Sequence[Seen]) -> list[dict[str, object]]:
     ]
 
 
-def judged(claims: Sequence[Claim], quick: bool) -> list[dict[str, object]]:
-    """Look at every claim, print what was seen."""
+def judged(claims: Sequence[Claim], quick: bool, findings: list[Finding]) -> list[dict[str, object]]:
+    """Look at every claim, print what was seen, and add it to `findings`."""
     written: list[dict[str, object]] = []
     for claim in claims:
         finding = claim.measure(quick)
+        findings.append(finding)
         print(f"{told(claim, finding)}\n", flush=True)
         verdict = {"bench": "claims", "case": claim.name, "metric": "holds", "value": float(finding.holds), "unit": "truth"}
         written += [verdict, *lines(claim.name, finding.seen)]
@@ -53,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="claims whose name has one of these")
     parser.add_argument("--hosts", action="store_true", help="four hosts of half a core each against one, not the claims")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="with --hosts: resnet-50, gpt-33m")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the claims into docs/claims.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     return parser.parse_args()
 
@@ -66,7 +86,10 @@ def main() -> None:
         written = lines("hosts", claims_hosts.measured(quick=args.quick, names=args.models))
     else:
         chosen = [c for c in CLAIMS if not args.only or any(word in c.name for word in args.only)]
-        written = judged(chosen, args.quick)
+        findings: list[Finding] = []
+        written = judged(chosen, args.quick, findings)
+        if args.page is not None:
+            rewrite(args.page, page(chosen, findings))
     if args.json is not None:
         args.json.write_text(json.dumps(written, indent=1) + "\n")
 
