@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import claims_counted
@@ -31,20 +31,23 @@ def told(claim: Claim, finding: Finding) -> str:
     return "\n".join([f'"{claim.words}": {verdict}', *(f"  {seen}" for seen in finding.seen), f"  {finding.because}"])
 
 
-def page(claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
+def section(claim: Claim, found: Finding) -> str:
     """The same as a part of docs/claims.md."""
-    parts: list[str] = []
-    for claim, found in zip(claims, findings, strict=True):
-        seen = "\n".join(map(str, found.seen))
-        verdict = "Holds in what was measured here" if found.holds else "False"
-        parts.append(f'## "{claim.words}"\n\n{verdict}: {found.because}.\n\n```text\n{seen}\n```\n')
-    return "\n".join(parts)
+    verdict = "Holds in what was measured here" if found.holds else "False"
+    seen = "\n".join(map(str, found.seen))
+    return f"{found_under(claim)}\n\n{verdict}: {found.because}.\n\n```text\n{seen}\n```\n"
 
 
-def rewrite(file: Path, text: str) -> None:
-    """Put it in place of all that is below the marker."""
-    before, marker, _ = file.read_text().partition(MARKER)
-    file.write_text(f"{before}{marker or MARKER}\n\n{text}")
+def found_under(claim: Claim) -> str:
+    return f'## "{claim.words}"'
+
+
+def rewrite(page: str, sections: Mapping[str, str]) -> str:
+    """The page with these sections, by heading, in place of its own; others stay. All in the order of the claims."""
+    before, _, below = page.partition(MARKER)
+    parts = {part.partition("\n")[0]: part for part in (f"## {text}" for text in below.split("\n## ")[1:])} | dict(sections)
+    ordered = [parts[found_under(claim)] for claim in CLAIMS if found_under(claim) in parts]
+    return "\n\n".join([f"{before}{MARKER}", *(part.rstrip() for part in ordered)]) + "\n"
 
 
 def lines(name: str, seen: Sequence[Seen]) -> list[dict[str, object]]:
@@ -89,7 +92,8 @@ def main() -> None:
         findings: list[Finding] = []
         written = judged(chosen, args.quick, findings)
         if args.page is not None:
-            rewrite(args.page, page(chosen, findings))
+            new = {found_under(claim): section(claim, found) for claim, found in zip(chosen, findings, strict=True)}
+            args.page.write_text(rewrite(args.page.read_text(), new))
     if args.json is not None:
         args.json.write_text(json.dumps(written, indent=1) + "\n")
 
