@@ -45,7 +45,9 @@ def found_under(claim: Claim) -> str:
 def rewrite(page: str, sections: Mapping[str, str]) -> str:
     """The page with these sections, by heading, in place of its own; others stay. All in the order of the claims."""
     before, _, below = page.partition(MARKER)
-    parts = {part.partition("\n")[0]: part for part in (f"## {text}" for text in below.split("\n## ")[1:])} | dict(sections)
+    parts = {part.partition("\n")[0]: part for part in (f"## {text}" for text in below.split("\n## ")[1:])} | dict(
+        sections
+    )
     ordered = [parts[found_under(claim)] for claim in CLAIMS if found_under(claim) in parts]
     return "\n\n".join([f"{before}{MARKER}", *(part.rstrip() for part in ordered)]) + "\n"
 
@@ -64,7 +66,13 @@ def judged(claims: Sequence[Claim], quick: bool, findings: list[Finding]) -> lis
         finding = claim.measure(quick)
         findings.append(finding)
         print(f"{told(claim, finding)}\n", flush=True)
-        verdict = {"bench": "claims", "case": claim.name, "metric": "holds", "value": float(finding.holds), "unit": "truth"}
+        verdict = {
+            "bench": "claims",
+            "case": claim.name,
+            "metric": "holds",
+            "value": float(finding.holds),
+            "unit": "truth",
+        }
         written += [verdict, *lines(claim.name, finding.seen)]
     return written
 
@@ -73,7 +81,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What people say of DDP and ZeRO, measured.")
     parser.add_argument("--quick", action="store_true", help="smaller trainings, one round: under half a minute")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="claims whose name has one of these")
-    parser.add_argument("--hosts", action="store_true", help="four hosts of half a core each against one, not the claims")
+    parser.add_argument(
+        "--hosts", action="store_true", help="four hosts of half a core each against one, not the claims"
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="with --hosts: resnet-50, gpt-33m")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the claims into docs/claims.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")

@@ -179,7 +179,9 @@ def accumulation_is_exact(_quick: bool) -> Finding:
     off = {"float32": apart(torch.float32), "float64": apart(torch.float64)}
     off["float64, batch norm"] = apart(torch.float64, norm=True)
     same = int((trained("ddp", 1) != trained("zero3", 4)).sum())
-    seen = [Seen(case=f"8 x 8 against 64, {c}", metric="gradients apart", value=v, unit="of norm") for c, v in off.items()]
+    seen = [
+        Seen(case=f"8 x 8 against 64, {c}", metric="gradients apart", value=v, unit="of norm") for c, v in off.items()
+    ]
     seen += [Seen(case="8 leaves: 1 rank against 4 (zero3)", metric="parameters differ", value=same, unit="element")]
     return Finding(
         holds=all(v == 0 for v in off.values()),
@@ -196,10 +198,11 @@ def order_is_nothing(_quick: bool) -> Finding:
     line = sum(rings[0][1:], rings[0][0].clone())
     turned = sum(rings[3][1:], rings[3][0].clone())
     in_tree = [_tree(leaves, order) for order in (range(8), (5, 2, 7, 0, 1, 6, 3, 4))]
-    seen = [
-        Seen(case="8 gradients, ring from rank 0 or 3", metric="sums differ", value=int((line != turned).sum()), unit="element"),
-        Seen(case="fixed tree, two orders of arrival", metric="sums differ", value=int((in_tree[0] != in_tree[1]).sum()), unit="element"),
-    ]  # fmt: skip
+    differ = {
+        "8 gradients, ring from rank 0 or 3": line != turned,
+        "fixed tree, two orders of arrival": in_tree[0] != in_tree[1],
+    }
+    seen = [Seen(case=c, metric="sums differ", value=int(d.sum()), unit="element") for c, d in differ.items()]
     return Finding(
         holds=all(s.value == 0 for s in seen),
         because="floating-point addition is not associative: of 100,000 sums in float32 many change with the order; "
@@ -232,7 +235,9 @@ def sampler_is_exact(_quick: bool) -> Finding:
 
     means = {"torch's sampler": sum(given) / len(given), "job.loader": run(4, rank_main)[0]}
     seen = [Seen(case="0 to 9 on 4 ranks, torch's sampler", metric="handed out", value=len(given), unit="sample")]
-    seen += [Seen(case=f"0 to 9 on 4 ranks, {c}", metric="mean of all", value=m, unit="(4.5)") for c, m in means.items()]
+    seen += [
+        Seen(case=f"0 to 9 on 4 ranks, {c}", metric="mean of all", value=m, unit="of 4.5") for c, m in means.items()
+    ]
     return Finding(
         holds=len(given) == 10,
         because="it repeats samples until all ranks have equally many, so a mean over them is not the data set's",
@@ -240,21 +245,15 @@ def sampler_is_exact(_quick: bool) -> Finding:
     )
 
 
-CLAIMS = (
-    Claim(name="zero-sends-less", words="ZeRO sends less than DDP", measure=sends_less),
-    Claim(
-        name="accumulation-sends-nothing", words="gradient accumulation sends nothing more", measure=accumulation_is_free
-    ),
-    Claim(name="ddp-halves-memory", words="DDP on two workers halves the memory", measure=ddp_halves_memory),
-    Claim(
-        name="bfloat16-halves-memory", words="mixed precision halves the memory", measure=half_precision_halves_memory
-    ),
-    Claim(
-        name="accumulation-is-exact", words="gradient accumulation equals a bigger batch exactly",
-        measure=accumulation_is_exact,
-    ),
-    Claim(name="order-is-nothing", words="the order in which gradients are added does not matter", measure=order_is_nothing),
-    Claim(
-        name="sampler-is-exact", words="a distributed sampler shows every sample once an epoch", measure=sampler_is_exact
-    ),
-)  # fmt: skip
+CLAIMS = tuple(
+    Claim(name=name, words=words, measure=measure)
+    for name, words, measure in (
+        ("zero-sends-less", "ZeRO sends less than DDP", sends_less),
+        ("accumulation-sends-nothing", "gradient accumulation sends nothing more", accumulation_is_free),
+        ("ddp-halves-memory", "DDP on two workers halves the memory", ddp_halves_memory),
+        ("bfloat16-halves-memory", "mixed precision halves the memory", half_precision_halves_memory),
+        ("accumulation-is-exact", "gradient accumulation equals a bigger batch exactly", accumulation_is_exact),
+        ("order-is-nothing", "the order in which gradients are added does not matter", order_is_nothing),
+        ("sampler-is-exact", "a distributed sampler shows every sample once an epoch", sampler_is_exact),
+    )
+)

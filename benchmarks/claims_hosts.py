@@ -3,8 +3,8 @@
 First speed alone, at 10 and at 1 Gbit/s. Then with a cap on every host's memory: the fastest plan that fits on one host
 (plain PyTorch in smaller micro-batches, recomputing or not) against the fastest of ZeRO-3 that fits on four.
 
-Note: caps. How much a plan needs is seen without a cap; under a cap the fastest of those that need less is the best plan, so
-every cap between two needs has the same answer. The narrowest caps are then tried in earnest: the kernel kills a host that
+Note: caps. How much a plan needs is seen without a cap; under a cap the fastest of those that need less is the best
+plan, so every cap between two needs has the same answer. One cap is then tried in earnest: the kernel kills a host that
 needs more. Pages that a rank has from its parent (Python's and torch's code) are not on the host's bill.
 """
 
@@ -99,7 +99,9 @@ def opened(count: int, rate: float, memory: int | None = None) -> Iterator[list[
         sys.path.append(ROOT)
     from tests import cgroups, hosts  # of this repository
 
-    why = hosts.available() or ("" if cgroups.home("cpu") and cgroups.home("memory") else "no cgroups for cpu and memory")
+    why = hosts.available() or (
+        "" if cgroups.home("cpu") and cgroups.home("memory") else "no cgroups for cpu and memory"
+    )
     if why:
         raise Unavailable(why)
     with hosts.hosts(count, hosts.Link(rate=rate), hosts.Limits(cpus=CPUS, memory=memory)) as made:
@@ -138,7 +140,9 @@ def speed(course: Course, report: Report) -> None:
                 report(case, "step", got.seconds, "s")
                 report(case, "factor", alone.seconds / got.seconds, "times")
                 report(case, "same final bits", float(got.bits == alone.bits), "truth")
-        print(f"{name}, {words}: {TARGET} x {'reached' if best >= TARGET else 'not reached'} ({best:.2f} x)", flush=True)
+        print(
+            f"{name}, {words}: {TARGET} x {'reached' if best >= TARGET else 'not reached'} ({best:.2f} x)", flush=True
+        )
 
 
 def _must(job: Job, made: Sequence[Host]) -> Ran:
@@ -164,27 +168,33 @@ def memory(course: Course, report: Report) -> None:
     work = replace(course.work, samples=course.capped_samples)
     job = Job(work=work, plan=Plan(strategy="plain", parts=HOSTS), steps=1)
     choices = [(parts, recompute) for parts in course.parts for recompute in (False, True)]
-    one, four = (
-        {plan: _needs(replace(job, plan=plan), hosts, report) for plan in (Plan(strategy=s, parts=p, recompute=r) for p, r in choices)}
-        for s, hosts in (("plain", 1), ("zero3", HOSTS))
-    )  # fmt: skip
+    one = {plan: _needs(replace(job, plan=plan), 1, report) for plan in _plans("plain", choices)}
+    four = {plan: _needs(replace(job, plan=plan), HOSTS, report) for plan in _plans("zero3", choices)}
     reached = 0
     for cap in sorted({seen.peak for seen in (*one.values(), *four.values())}, reverse=True):
         single, many = best(one, cap), best(four, cap)
         if single and many:
             factor = told(work.name, cap, one, four, (single, many), report)
             reached = cap if factor >= MEMORY_TARGET and not reached else reached
-    least = {hosts: min(seen.peak for seen in known.values()) for hosts, known in ((1, one), (HOSTS, four))}
-    for hosts, need in least.items():
-        report(f"{work.name}, {hosts} host{'s' * (hosts > 1)}", "least cap", need / MIB, "MiB a host")
-    print(f"{work.name}: {MEMORY_TARGET:g} x {f'at a cap of {reached / MIB:.0f} MiB' if reached else 'at no cap'}", flush=True)
+    for hosts, known in ((1, one), (HOSTS, four)):
+        report(_on(work, hosts), "least cap", min(seen.peak for seen in known.values()) / MIB, "MiB a host")
+    where = f"at a cap of {reached / MIB:.0f} MiB" if reached else "at no cap"
+    print(f"{work.name}: {MEMORY_TARGET:g} x {where}", flush=True)
     _in_earnest(job, one, four, report)
+
+
+def _plans(strategy: str, choices: Sequence[tuple[int, bool]]) -> list[Plan]:
+    return [Plan(strategy=strategy, parts=parts, recompute=recompute) for parts, recompute in choices]
+
+
+def _on(work: Work, hosts: int) -> str:
+    return f"{work.name}, {hosts} host{'s' * (hosts > 1)}"
 
 
 def _needs(job: Job, hosts: int, report: Report) -> Ran:
     with opened(hosts, RATES["10 Gbit/s"], PLENTY) as made:
         got = _must(job, made)
-    case = f"{job.work.name}, {hosts} host{'s' * (hosts > 1)}, {job.plan}"
+    case = f"{_on(job.work, hosts)}, {job.plan}"
     report(case, "step", got.seconds, "s")
     report(case, "needs", got.peak / MIB, "MiB a host")
     return got
@@ -210,14 +220,14 @@ def told(name: str, cap: int, one: Known, four: Known, chosen: tuple[Plan, Plan]
 
 
 def _in_earnest(job: Job, one: Known, four: Known, report: Report) -> None:
-    """Under a cap that four hosts' leanest plan fits and one host's does not, and the other way round if so it is."""
+    """Both leanest plans under a cap between their needs: one of them is killed."""
     leanest = [min(known, key=lambda plan: known[plan].peak) for known in (one, four)]
     needs = [one[leanest[0]].peak, four[leanest[1]].peak]
     cap = round((min(needs) * max(needs)) ** 0.5)
     for plan, hosts, need in zip(leanest, (1, HOSTS), needs, strict=True):
         with opened(hosts, RATES["10 Gbit/s"], cap) as made:
             fits = ran(replace(job, plan=plan), made) is not None
-        report(f"{job.work.name}, {hosts} host{'s' * (hosts > 1)}, {plan}", f"fits in {cap / MIB:.0f} MiB", float(fits), "truth")
+        report(f"{_on(job.work, hosts)}, {plan}", f"fits in {cap / MIB:.0f} MiB", float(fits), "truth")
         print(f"    it needed {need / MIB:.0f} MiB", flush=True)
 
 

@@ -44,8 +44,8 @@ def zero3_is_slower(quick: bool) -> Finding:
             seen.append(Seen(case=f"{model}, {RANKS} ranks", metric=f"over {other}", value=ratio, unit="of its time"))
     return Finding(
         holds=all(slower),
-        because="it sends half as much again, and on a slow network that shows. On one host a shared copy of the parameters "
-        "is a look into memory, and each rank updates only its part",
+        because="it sends half as much again, and on a slow network that shows. On one host a shared copy of the "
+        "parameters is a look into memory, and each rank updates only its part",
         seen=seen,
     )
 
@@ -56,7 +56,9 @@ def linear_speed_up(quick: bool) -> Finding:
         took = seconds(model, names, quick)
         for name in names[1:]:
             factors.append(RANKS * took[ONE] / took[name])
-            seen.append(Seen(case=f"{model}, {name}", metric=f"{RANKS} ranks against 1", value=factors[-1], unit="times"))
+            seen.append(
+                Seen(case=f"{model}, {name}", metric=f"{RANKS} ranks against 1", value=factors[-1], unit="times")
+            )
     return Finding(
         holds=min(factors) >= 0.98 * RANKS,
         because="gradients must be exchanged, and ranks of one host share its memory and caches: much computing per "

@@ -1,4 +1,4 @@
-"""One plan on hosts of one rank each: processes that train, tell what they saw, and may be killed by their memory's cap."""
+"""One plan on hosts of one rank each: processes that train, tell what they saw, and may be killed by a cap."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a step is done: in so many micro-batches in all, by a strategy of shoal's or in "plain" PyTorch on one host."""
+    """How a step is done: in so many micro-batches in all, by a strategy of shoal's or in "plain" PyTorch."""
 
     strategy: str
     parts: int

@@ -31,7 +31,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """From images (batch, 3, height, width) to scores (batch, classes). Depths and widths are those of the four stages."""
+    """From images (batch, 3, height, width) to scores (batch, classes). Depths and widths are the stages'."""
 
     def __init__(
         self, depths: tuple[int, ...] = (3, 4, 6, 3), widths: tuple[int, ...] = (64, 128, 256, 512), classes: int = 1000
