@@ -84,7 +84,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--hosts", action="store_true", help="four hosts of half a core each against one, not the claims"
     )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="with --hosts: resnet-50, gpt-33m")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="with --hosts: resnet-50, gpt-33m; with --quick resnet-tiny, gpt-tiny",
+    )
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the claims into docs/claims.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     return parser.parse_args()

@@ -235,10 +235,13 @@ def measured(*, quick: bool, names: Sequence[str] | None) -> list[Seen]:
     """Both legs of every model.
 
     Raises:
-        SystemExit: hosts cannot be made here; says why.
+        SystemExit: hosts cannot be made here, or there is no such model; says why.
     """
     report = Report()
-    courses = [c for c in (QUICK if quick else COURSES) if not names or c.work.name in names]
+    known = {course.work.name: course for course in (QUICK if quick else COURSES)}
+    if names and not known.keys() >= set(names):
+        raise SystemExit(f"--models {' '.join(names)}: there are {', '.join(known)}")
+    courses = [known[name] for name in names or known]
     try:
         for course in courses:
             speed(course, report)

@@ -131,6 +131,17 @@ def test_the_factors_are_those_of_the_best_plans_that_fit(bench: dict[str, Modul
     assert [seen.value for seen in report.seen] == [6.0, 4, 1.5, 1.25, 0.8]
 
 
+def test_without_hosts_or_with_unknown_models_it_says_so(
+    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = bench["claims_hosts"].measured
+    with pytest.raises(SystemExit, match=r"--models gpt-33n: there are resnet-50, gpt-33m"):
+        measured(quick=False, names=["gpt-33n"])
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SystemExit, match="hosts cannot be made here: network namespaces need root"):
+        measured(quick=True, names=None)
+
+
 @pytest.mark.system
 def test_four_hosts_end_with_the_bits_of_one(tmp_path: Path) -> None:
     file = tmp_path / "hosts.json"
