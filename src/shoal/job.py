@@ -190,6 +190,11 @@ class Job:
         """Bytes that this rank has sent so far, by verb: gather, reduce, agree, meet, ..."""
         return dict(self._carrier.sent)
 
+    @property
+    def crossed(self) -> dict[str, int]:
+        """What of `traffic` has gone to other hosts, where their ranks share memory; fast numerics are left out."""
+        return dict(self._carrier.levels.crossed)
+
     def memory(self) -> Memory:
         """Every buffer of this rank: bytes now, and as predicted at rest and at most.
 

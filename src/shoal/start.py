@@ -80,7 +80,8 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
     """
     given = current.get()
     if given is not None:
-        return given, Seat(given.size, own_process=False)
+        hosts = given.levels.hosts
+        return given, Seat(hosts.count(hosts[given.rank]), own_process=False)
     place = find_place(os.environ)
     if place is None:
         return Alone(), Seat(1, own_process=True)

@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from shoal.comm.boxes import Boxes, numbered
 from shoal.comm.group import Box, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
+from shoal.comm.levels import Levels
 from shoal.comm.pool import Pool
 from shoal.comm.reductions import Reductions
 from shoal.comm.sockets import Wires, all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
@@ -40,6 +41,7 @@ _NEVER = timedelta(days=10)  # the watch ends waits, not gloo: its time-out know
 _served: dict[int, Store] = {}  # by port, for this process's life: the ranks of a next job may have come already
 _NOBODY = 0  # a tag that nothing is sent with
 _MOMENT = 0.05  # seconds until a dead process has lost its last connection
+_GLANCE = 0.001  # seconds between two looks at what others wait for
 MARGIN = 0.5  # seconds beyond `timeout` for what torch does not let us stop while ranks meet
 
 
@@ -84,7 +86,8 @@ class Gloo:
         self.rank, self.size, self.sent = address.rank, address.size, Counter[str]()
         self.closed, self.failed = False, False
         self.group: _Pairs | None
-        self.waiter, self.spare = Waiter(), Pool()
+        self.waiter, self.spare, self.levels = Waiter(), Pool(), Levels.one(self.size)
+        self.beside: Callable[[], bool] = lambda: False  # do what others wait for; is there more of it to come?
         self.address, self.timeout = address, timeout
         self._sums: dict[str, Reductions] = {}
         before = sockets()
@@ -199,12 +202,20 @@ class Gloo:
             missed = cast(Lost | None, None)
             while True:
                 with suppress(Empty):
-                    return outcome.get(timeout=TICK)
+                    return self._within(TICK, outcome)
                 if self.watch.judge() is not None:
                     raise self.ended(label)
                 before, missed = missed, self.missed()
                 if before and missed and before[0] == missed[0]:
                     return missed
+
+    def _within(self, seconds: float, outcome: SimpleQueue[Lost | None]) -> Lost | None:
+        """Raises `Empty` if nothing comes within so many seconds."""
+        ends = time.monotonic() + seconds
+        while self.beside() and time.monotonic() < ends:
+            with suppress(Empty):
+                return outcome.get(timeout=_GLANCE)
+        return outcome.get(timeout=max(0.0, ends - time.monotonic()))
 
     def ended(self, label: str) -> PeerError:
         """Why the job is over, for who was in the transfer `label`."""
