@@ -50,14 +50,16 @@ def crossing(strategy: Strategy, leaves: int) -> Callable[[int], tuple[dict[str,
     return rank_main
 
 
-@pytest.mark.parametrize("ranks_per_host", [(2, 2), (2, 1)], ids=str)
-@pytest.mark.parametrize("name", [*STRATEGIES, "hybrid"])
-def test_bytes_between_hosts_equal_the_measured_ones(name: str, ranks_per_host: tuple[int, ...]) -> None:
-    world, leaves = sum(ranks_per_host), 4
-    strategy = Strategy.named(name) if name != "hybrid" else Strategy(shard=STRATEGIES["zero3"], ranks_per_copy=2)
-    if name == "hybrid":
-        ranks_per_host, world = (4, 4), 8  # two copies on each host
-    run_on = crossing(strategy, leaves)
+@pytest.mark.parametrize(
+    ("name", "ranks_per_copy", "ranks_per_host"),
+    [(name, None, (2, 2)) for name in STRATEGIES] + [("zero1", None, (2, 1)), ("zero3", 2, (4, 2))],
+    ids=str,
+)
+def test_bytes_between_hosts_equal_the_measured_ones(
+    name: str, ranks_per_copy: int | None, ranks_per_host: tuple[int, ...]
+) -> None:
+    world = sum(ranks_per_host)
+    run_on = crossing(Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy), 4)
     measured = run(world, run_on, common=True, ranks_per_host=ranks_per_host)
     alike = {"shared": True, "ranks_per_host": ranks_per_host}
     ranks = range(world)

@@ -81,7 +81,9 @@ def test_hosts_change_nothing(name: str, ranks_per_host: tuple[int, ...], leaves
     if name == "hybrid" and ranks_per_host != (2, 2):
         ranks_per_host = (2, 2, 2)  # a copy is a host: all have as many ranks
     world = sum(ranks_per_host)
-    got = on_threads(world, name, leaves=leaves, pending=pending, common=True, ranks_per_host=ranks_per_host, order=leaves)
+    got = on_threads(
+        world, name, leaves=leaves, pending=pending, common=True, ranks_per_host=ranks_per_host, order=leaves
+    )
     assert got == clipped(leaves, 0.5)
 
 

@@ -15,7 +15,8 @@ from tests.pool import Pool
 
 def train(strategy: Strategy | str, leaves: int, seed: int, per_host: int) -> Outcome | None:
     with delayed(seed), pretending(per_host):
-        return trainer(strategy, timeout=20.0, leaves=leaves, carrier="shared", global_batch=120)(
+        carrier = "auto" if per_host else "shared"  # a rank may be alone on its host
+        return trainer(strategy, timeout=20.0, leaves=leaves, carrier=carrier, global_batch=120)(
             int(os.environ["RANK"])
         )
 
@@ -27,8 +28,10 @@ def test_slow_neighbours(name: str, world: int, leaves: int, pool: Pool) -> None
     assert results == [on_threads(1, "ddp", leaves=leaves, global_batch=120)] + [None] * (world - 1)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "zero3", "zero1"])
-def test_two_hosts_of_two(name: str, pool: Pool) -> None:
-    """Some ranks are near, some far; `hybrid` shards within hosts, the others across."""
-    results = pool.run(train, name, 5, 1, 2, world=4, ranks_per_host=2)
+@pytest.mark.parametrize(
+    ("name", "world"), [("hybrid", 4), *((name, world) for name in STRATEGIES for world in (3, 4))]
+)
+def test_two_hosts(name: str, world: int, pool: Pool) -> None:
+    """Two ranks and the others. Some are near, some far; `hybrid` shards within hosts, the others across."""
+    results = pool.run(train, name, 5, 1, 2, world=world, ranks_per_host=2)
     assert results[0] == on_threads(1, "ddp", leaves=5, global_batch=120)

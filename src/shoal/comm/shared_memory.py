@@ -406,7 +406,8 @@ def _about(box: Strips | Like) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def _bytes(t: Tensor) -> bytes:
-    return t.detach().cpu().view(-1).view(torch.uint8).numpy().tobytes()
+    copy = t.detach().cpu().view(-1).clone()  # a storage that numpy has seen can never be resized again
+    return copy.view(torch.uint8).numpy().tobytes()
 
 
 def _tag(label: str, index: int, dtype: torch.dtype, nbytes: int) -> int:

@@ -77,7 +77,8 @@ class ByHosts:
         """Add up this host's sums: of this member's part, and of those that it speaks to."""
         group, me = self.group, self.group.rank
         mates = group.hosts.of[group.hosts.home[me]]
-        parts, boxes = self._nothing(), self._nothing()
+        parts: list[list[Strips]] = [[] for _ in self.theirs]
+        boxes: list[list[Like]] = [[] for _ in self.theirs]
         for m in mates:
             owners = [m, *group.hosts.spoken_to(m, self.turn)]
             parts[m] = [self._strips(w.value, owners) for _, w in self.mine if w.value]
@@ -97,7 +98,8 @@ class ByHosts:
     def _across(self, tree: Sums, trees: dict[int, Sums]) -> Generator[Pending, None, Pending]:
         """Send other hosts' members the sums over this host, and take in those over theirs."""
         group, me, hosts = self.group, self.group.rank, self.group.hosts
-        parts, boxes = self._nothing(), self._nothing()
+        parts: list[list[Strips]] = [[] for _ in self.theirs]
+        boxes: list[list[Like]] = [[] for _ in self.theirs]
         for owner, found in trees.items():
             parts[owner] = [w.value.strips for _, w in drain(found) if w.value]
         heard: dict[int, Known] = {}
@@ -113,9 +115,6 @@ class ByHosts:
             for node, weighed in heard[speaker]:
                 tree.put(node, Weighed(Sum(next(came)) if weighed.value else None, weighed.weight))
         return pending
-
-    def _nothing(self) -> list[list[Strips | Like]]:
-        return [[] for _ in self.theirs]
 
     def _strips(self, value: Sum, owners: Sequence[int]) -> list[Tensor]:
         return [t for o in owners for t in value.between(self.runs, self.bounds[o], self.bounds[o + 1])]
