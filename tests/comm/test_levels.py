@@ -87,17 +87,21 @@ def test_a_part_crosses_to_another_host_once(
 
 
 def crosswise(carrier: Carrier) -> list[float]:
-    """Ranks 1 and 3 wait for a word of rank 0, who says it when its gather is over; for that they must pass pieces on."""
+    """Ranks 1 and 3 wait for a word of rank 0. It comes when ranks 0 and 2 have all pieces, some of them from 1 and 3."""
     group = Group("world", range(4), carrier)
     flat = torch.full((8,), -1.0)
     flat[2 * group.rank : 2 * group.rank + 2] = group.rank
     pending = group.gather("gather", flat, [0, 2, 4, 6, 8])
     word = torch.zeros(1)
+    if group.rank == 2:
+        pending.wait()
+        group.swap("all", [[[word]], [], [], []], [[]] * 4, "here").wait()
     if group.rank == 0:
         pending.wait()
-        group.swap("word", [[[word]] if r in (1, 3) else [] for r in range(4)], [[]] * 4).wait()
+        group.swap("all", [[]] * 4, [[], [], [[word]], []], "here").wait()
+        group.swap("word", [[[word]] if r in (1, 3) else [] for r in range(4)], [[]] * 4, "of 0").wait()
     elif group.rank in (1, 3):
-        group.swap("word", [[]] * 4, [[[word]], [], [], []]).wait()
+        group.swap("word", [[]] * 4, [[[word]], [], [], []], "of 0").wait()
     pending.wait()
     return flat.tolist()
 
