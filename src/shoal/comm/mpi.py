@@ -20,8 +20,9 @@ from torch import Tensor
 
 from shoal.comm.boxes import Boxes, numbered
 from shoal.comm.group import Box, Common, Kept, MakeSums, Parcel, Pending, Strips
+from shoal.comm.lanes import tag_of
 from shoal.comm.levels import Levels
-from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded, tag_of
+from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
 from shoal.comm.pool import Pool
 from shoal.comm.waiter import Lost
 from shoal.comm.watch import TICK
