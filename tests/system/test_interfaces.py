@@ -53,10 +53,10 @@ def exchange(two: list[Host], interface: str) -> tuple[float, float]:
     return max(voted for voted, _ in said), max(over for _, over in said)
 
 
-def second_cable(two: list[Host]) -> None:
+def second_cable(two: list[Host], *, addresses: bool = True) -> None:
     a, b = two
     sh("ip", "link", "add", "eth1", "netns", a.name, "type", "veth", "peer", "name", "eth1", "netns", b.name)
-    for place, host in enumerate(two, start=1):
+    for place, host in enumerate(two if addresses else (), start=1):
         sh("ip", "-n", host.name, "addr", "add", f"10.78.0.{place}/24", "dev", "eth1")
         sh("ip", "-n", host.name, "link", "set", "eth1", "up")
 
@@ -76,6 +76,18 @@ def test_the_one_that_is_named_is_used() -> None:
         second_cable(two)
         exchange(two, "eth1")
         assert all(host.sent("eth0") < 100_000 < 4 * NUMEL < host.sent("eth1") for host in two)
+
+
+def test_an_interface_without_an_address_is_named() -> None:
+    with hosts(2) as two:
+        second_cable(two, addresses=False)
+        process = start(two, 0, "eth1")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert (
+        "shoal[E50] interface 'eth1' has no address\n"
+        "  try:   the name of one that is up and has one (`shoal doctor`)"
+    ) in err
 
 
 def test_a_vote_passes_by_what_is_on_its_way() -> None:

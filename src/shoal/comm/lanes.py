@@ -58,6 +58,7 @@ class Lanes:
                 raise EnvironmentFault(
                     f"there is no interface '{name}' on this host", remedy=f"interface= one of {', '.join(known)}"
                 )
+        self._named = {name: _named(name) for name in self.interfaces if name}
 
     def pairs(self, store: Store, rank: int, size: int) -> Pairs:
         """A process group for messages between two ranks: every tag must come from `tags` or `probes`."""
@@ -74,15 +75,7 @@ class Lanes:
         return dist.ProcessGroupGloo(store, rank, size, options)  # pyright: ignore
 
     def _device(self, name: str) -> object:
-        if not name:
-            return dist.ProcessGroupGloo.create_device(hostname=self._own_address())
-        try:
-            return dist.ProcessGroupGloo.create_device(interface=name)
-        except RuntimeError as e:
-            said = str(e).splitlines()[0]
-            raise EnvironmentFault(
-                f"nothing can be sent through interface '{name}': {said}", remedy="one that is up and has an address"
-            ) from None
+        return self._named[name] if name else dist.ProcessGroupGloo.create_device(hostname=self._own_address())
 
     def _own_address(self) -> str:
         """Of the interface through which the system would go to where ranks meet."""
@@ -110,6 +103,15 @@ class Lanes:
     def probes(self) -> range:
         """Tags that nothing is sent with, one for each connection."""
         return range(self.count)
+
+
+def _named(name: str) -> object:
+    try:
+        return dist.ProcessGroupGloo.create_device(interface=name)
+    except RuntimeError:
+        raise EnvironmentFault(
+            f"interface '{name}' has no address", remedy="the name of one that is up and has one (`shoal doctor`)"
+        ) from None
 
 
 def asked_interfaces(setting: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:

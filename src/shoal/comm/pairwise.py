@@ -77,12 +77,12 @@ class Gloo:
         self.rank, self.size, self.sent = address.rank, address.size, Counter[str]()
         self.closed, self.failed = False, False
         self.group: Pairs | None
-        self.lanes = Lanes(address.interfaces or asked_interfaces(None), address.host, address.port)
         self.waiter, self.spare, self.levels = Waiter(), Pool(), Levels.one(self.size)
         self.beside: Callable[[], bool] = lambda: False  # do what others wait for; is there more of it to come?
         self.address, self.timeout = address, timeout
         self._sums: dict[str, Reductions] = {}
         before = sockets()
+        self.lanes = Lanes(address.interfaces or asked_interfaces(None), address.host, address.port)
         store, self.devices, self.group = bounded(lambda: _meet(address, self.lanes, timeout), timeout + MARGIN, address)
         wires = self._take(before)
         to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
