@@ -46,6 +46,14 @@ def test_unequal_hosts_take_turns() -> None:
     assert [[hosts.spoken_to(m, turn) for m in range(3)] for turn in range(2)] == [[[2], [], [0, 1]], [[], [2], [0, 1]]]
 
 
+@pytest.mark.parametrize(
+    ("hosts", "most"),
+    [([0], 0), ([0, 0], 1 / 2), ([0, 1], 1 / 2), ([0, 0, 1, 1], 3 / 4), ([0, 0, 1, 1, 1, 1, 1, 1], 11 / 8)],
+)
+def test_what_the_last_member_receives(hosts: list[int], most: float) -> None:
+    assert Hosts.among(hosts).received(len(hosts) - 1) == most
+
+
 def test_ranks_of_hosts() -> None:
     levels = Levels.of(5, (2, 3))
     assert levels.hosts == (0, 0, 1, 1, 1)
@@ -107,7 +115,9 @@ def crosswise(carrier: Carrier) -> list[float]:
 
 
 def test_pieces_are_passed_on_whatever_a_rank_waits_for() -> None:
-    assert run(4, lambda _rank: crosswise(find_carrier(1.0)[0]), ranks_per_host=(2, 2)) == [[0, 0, 1, 1, 2, 2, 3, 3]] * 4
+    assert (
+        run(4, lambda _rank: crosswise(find_carrier(1.0)[0]), ranks_per_host=(2, 2)) == [[0, 0, 1, 1, 2, 2, 3, 3]] * 4
+    )
 
 
 def crosswise_among_processes() -> list[float]:

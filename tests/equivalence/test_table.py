@@ -87,6 +87,18 @@ def test_hosts_change_nothing(name: str, ranks_per_host: tuple[int, ...], leaves
     assert got == clipped(leaves, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("ranks_per_host", "said"),
+    [((2, 1), ["; exchange in two levels, 2 + 1 ranks on 2 hosts"]), ((1, 1, 1), []), ((3,), [])],
+)
+def test_two_levels_are_told(
+    ranks_per_host: tuple[int, ...], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_threads(3, "zero1", leaves=3, ranks_per_host=ranks_per_host)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.split("numerics exact")[1:] == (said or [""])
+
+
 def test_several_copies_on_a_host_change_nothing() -> None:
     strategy = Strategy(shard=Shard.PARAMETERS, ranks_per_copy=2)
     got = on_threads(8, strategy, leaves=8, common=True, ranks_per_host=(4, 4), order=1)

@@ -85,8 +85,7 @@ def test_an_interface_without_an_address_is_named() -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert (
-        "shoal[E50] interface 'eth1' has no address\n"
-        "  try:   the name of one that is up and has one (`shoal doctor`)"
+        "shoal[E50] interface 'eth1' has no address\n  try:   the name of one that is up and has one (`shoal doctor`)"
     ) in err
 
 

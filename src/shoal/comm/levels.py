@@ -54,6 +54,16 @@ class Hosts:
         away = [owner for owner, host in enumerate(self.home) if host != home]
         return [owner for owner in away if self.speaker(home, owner, turn) == member]
 
+    def received(self, member: int) -> float:
+        """What a member receives at most while sums travel, in whole gradients: more than 1 on large hosts beside small."""
+        home = self.home[member]
+        mates = len(self.of[home])
+        owners = 1 + sum(-(-len(members) // mates) for host, members in enumerate(self.of) if host != home)
+        return ((mates - 1) * owners + len(self.of) - 1) / len(self.home)
+
+    def __str__(self) -> str:
+        return f"{' + '.join(str(len(members)) for members in self.of)} ranks on {len(self.of)} hosts"
+
 
 class Levels:
     """What one rank knows of hosts.

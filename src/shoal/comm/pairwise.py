@@ -83,7 +83,9 @@ class Gloo:
         self._sums: dict[str, Reductions] = {}
         before = sockets()
         self.lanes = Lanes(address.interfaces or asked_interfaces(None), address.host, address.port)
-        store, self.devices, self.group = bounded(lambda: _meet(address, self.lanes, timeout), timeout + MARGIN, address)
+        store, self.devices, self.group = bounded(
+            lambda: _meet(address, self.lanes, timeout), timeout + MARGIN, address
+        )
         wires = self._take(before)
         to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
         self.watch = Watch(
@@ -130,7 +132,9 @@ class Gloo:
         if name not in self._sums:
             before, place = sockets(), self.address._replace(rank=list(ranks).index(self.rank), size=len(ranks))
             store = PrefixStore(f"sums/{name}/{ranks[0]}", cast(Any, self.watch.store).clone())  # the own may be busy
-            group = bounded(lambda: self.lanes.together(store, place.rank, place.size), self.timeout + MARGIN, self.address)
+            group = bounded(
+                lambda: self.lanes.together(store, place.rank, place.size), self.timeout + MARGIN, self.address
+            )
             self._wires = {**self._wires, **apart_from(self.address.port, self._take(before))}
             self._sums[name] = Reductions(self, group, ranks, streams=False)
         return self._sums[name]
