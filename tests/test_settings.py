@@ -42,6 +42,7 @@ TEXTS = {
     "overlap": ("false", False),
     "pending": ("true", True),
     "carrier": ("mpi", "mpi"),
+    "interface": ("eth0,eth1", "eth0,eth1"),
     "device": ("cpu", "cpu"),
     "run_dir": ("none", "none"),
 }
@@ -100,6 +101,7 @@ def test_table_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         "overlap         false    environment SHOAL_OVERLAP",
         "pending         false    default",
         "carrier         auto     default",
+        "interface       -        default",
         "device          -        default",
         "run_dir         -        default",
     ]

@@ -64,6 +64,7 @@ def init(
     overlap: bool | None = None,
     pending: bool | None = None,
     carrier: str | None = None,
+    interface: str | None = None,
     run_dir: str | None = None,
 ) -> Job:
     """Start or join a job. Finds its place from torchrun's or `shoal run`'s environment, or is a world of one.
@@ -83,6 +84,8 @@ def init(
             them, parameters are placeholders then. Hides slow networks. Default False.
         carrier: what moves the bytes between ranks: "gloo" (TCP), "shared" (memory within hosts), "nccl", "mpi" (under
             mpirun), or "auto", the fastest there is.
+        interface: names of network interfaces, "eth0" or "eth0,eth1": large messages are spread over all of them;
+            default GLOO_SOCKET_IFNAME, else the one that leads to MASTER_ADDR.
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
 
     Raises:
@@ -94,7 +97,7 @@ def init(
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
         "numerics": numerics, "timeout": timeout, "overlap": overlap, "pending": pending, "carrier": carrier,
-        "run_dir": run_dir,
+        "interface": interface, "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
     if resolved.settings.pending and not resolved.settings.overlap:
@@ -104,7 +107,8 @@ def init(
             remedy="pending=False, or overlap=True",
         )
     base = strategy_of(resolved, strategy)
-    carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier, resolved.settings.device)
+    s = resolved.settings
+    carrying, place = find_carrier(s.timeout, s.carrier, s.device, s.interface)
     try:
         return Job(base.settled(carrying.size, place.local_world), carrying, resolved, place)
     except BaseException as error:
@@ -189,6 +193,11 @@ class Job:
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank has sent so far, by verb: gather, reduce, agree, meet, ..."""
         return dict(self._carrier.sent)
+
+    @property
+    def crossed(self) -> dict[str, int]:
+        """What of `traffic` has gone to other hosts, where their ranks share memory; fast numerics are left out."""
+        return dict(self._carrier.levels.crossed)
 
     def memory(self) -> Memory:
         """Every buffer of this rank: bytes now, and as predicted at rest and at most.

@@ -39,6 +39,7 @@ class Settings(BaseModel):
     overlap: bool = Field(True, description="true or false: whether transfers run beside computation")
     pending: bool = Field(False, description="true or false: whether updates may be under way when a step returns")
     carrier: Literal["auto", "gloo", "shared", "nccl", "mpi"] = Field("auto", description="what moves the bytes")
+    interface: str | None = Field(None, description="network interfaces, as eth0 or eth0,eth1; none: by the way")
     device: str | None = Field(None, description="a device of torch; none: what the machine has")
     run_dir: str | None = Field(None, description="a directory, none to keep nothing")
 
@@ -165,7 +166,7 @@ def _known(name: str, known: Mapping[str, object] | tuple[str, ...], shown: str)
 def _fitting(name: str, value: object, origin: str, *, text: bool) -> object:
     """The value in the setting's own type."""
     field = Settings.model_fields[name]
-    said_none = text and value == "none" and name in ("leaves", "ranks_per_copy", "device")
+    said_none = text and value == "none" and name in ("leaves", "ranks_per_copy", "device", "interface")
     try:
         settings = Settings.model_validate({name: None if said_none else value}, strict=not text)
         return getattr(settings, name)

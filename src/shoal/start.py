@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shoal.comm.group import Carrier, current
 from shoal.comm.host import join_host
+from shoal.comm.lanes import asked_interfaces
 from shoal.comm.meter import Alone
 from shoal.comm.mpi import Mpi
 from shoal.comm.nccl import over_devices, own_device, uuid_of
@@ -69,7 +70,9 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
     )
 
 
-def find_carrier(timeout: float, name: str = "auto", device: str | None = None) -> tuple[Carrier, Seat]:
+def find_carrier(
+    timeout: float, name: str = "auto", device: str | None = None, interface: str | None = None
+) -> tuple[Carrier, Seat]:  # fmt: skip
     """This rank's place and what connects it to the others.
 
     Args:
@@ -77,10 +80,12 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
         name: of the carrier. "gloo": TCP alone; "shared": memory within hosts, TCP between them; "auto": that where it
             can be had, and NCCL for accelerators.
         device: where this rank's model will be; None: the host.
+        interface: names of the network interfaces to use together; None: the one that leads to the others.
     """
     given = current.get()
     if given is not None:
-        return given, Seat(given.size, own_process=False)
+        hosts = given.levels.hosts
+        return given, Seat(hosts.count(hosts[given.rank]), own_process=False)
     place = find_place(os.environ)
     if place is None:
         return Alone(), Seat(1, own_process=True)
@@ -89,7 +94,8 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
         return Alone(), seat
     here = own_device(device, place.local_rank)
     address = Address(
-        place.rank, place.world, place.host, place.port, place.agent_store, place.attempt, uuid_of(here)
+        place.rank, place.world, place.host, place.port, place.agent_store, place.attempt, uuid_of(here),
+        asked_interfaces(interface),
     )  # fmt: skip
     if name == "mpi":
         host: Carrier = Mpi(address, timeout=timeout, report=warn)

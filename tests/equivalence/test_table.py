@@ -74,6 +74,39 @@ def clipped(leaves: int, clip: float | None) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, clip=clip)
 
 
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("leaves", [3, 4, 6])
+@pytest.mark.parametrize("ranks_per_host", [(2, 2), (2, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("name", [*STRATEGIES, "hybrid"])
+def test_hosts_change_nothing(name: str, ranks_per_host: tuple[int, ...], leaves: int, pending: bool) -> None:
+    """Inside a host ranks have memory in common; what crosses to another is added up, or passed on, by hosts."""
+    if name == "hybrid" and ranks_per_host != (2, 2):
+        ranks_per_host = (2, 2, 2)  # a copy is a host: all have as many ranks
+    world = sum(ranks_per_host)
+    got = on_threads(
+        world, name, leaves=leaves, pending=pending, common=True, ranks_per_host=ranks_per_host, order=leaves
+    )
+    assert got == clipped(leaves, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_host", "said"),
+    [((2, 1), ["; exchange in two levels, 2 + 1 ranks on 2 hosts"]), ((1, 1, 1), []), ((3,), [])],
+)
+def test_two_levels_are_told(
+    ranks_per_host: tuple[int, ...], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_threads(3, "zero1", leaves=3, ranks_per_host=ranks_per_host)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.split("numerics exact")[1:] == (said or [""])
+
+
+def test_several_copies_on_a_host_change_nothing() -> None:
+    strategy = Strategy(shard=Shard.PARAMETERS, ranks_per_copy=2)
+    got = on_threads(8, strategy, leaves=8, common=True, ranks_per_host=(4, 4), order=1)
+    assert got == clipped(8, 0.5)
+
+
 @pytest.mark.parametrize("order", range(5))
 def test_who_runs_first_changes_nothing(order: int) -> None:
     assert on_threads(4, "zero3", leaves=4, order=order) == one_process(4, "adamw", "float32")

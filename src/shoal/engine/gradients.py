@@ -16,10 +16,11 @@ from shoal.comm.meter import Meter
 from shoal.comm.pool import Pool
 from shoal.engine.away import AwayGrad
 from shoal.engine.cells import local_gradient
+from shoal.engine.exchange import agree, swap
 from shoal.engine.fast import Axes, Fast
 from shoal.engine.leaf import Leaf
 from shoal.engine.scale import LossScale, Overflow
-from shoal.engine.sums import Flow, Mean, Sum, Sums, agree, between, drain, even_bounds, keep, new_tree, own, swap
+from shoal.engine.sums import Flow, Mean, Sum, Sums, between, drain, even_bounds, keep, new_tree, own
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.errors import OrderError
@@ -326,7 +327,8 @@ class Gradients:
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
-        return (yield from swap(shard, "reduce", unit.layout.bounds, unit.runs, mine, theirs, tree, like, key))
+        bounds = unit.layout.bounds
+        return (yield from swap(shard, "reduce", bounds, unit.runs, mine, theirs, tree, like, key, unit.index))
 
     def _agree(self, unit: Unit, tree: Sums, turns: Turns, key: str, *, borrowed: bool) -> Flow:
         """`borrowed`: the sums lie in memory that others lend us."""
@@ -343,7 +345,7 @@ class Gradients:
         gate = Gate() if self.gated else None
         self.results[unit.index] = yield from agree(
             copies, bounds, runs, drain(tree), theirs, turns.total, turns.twigs, self.pool, like,
-            self.commons.get(unit.index), key, gate,
+            self.commons.get(unit.index), key, gate, unit.index,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- at the end of a step

@@ -102,6 +102,7 @@ def plan_of(binding: Binding) -> Plan:
         units=[_bill(u, engine.gradients, sum(sizes[i] for i in above[u.index])) for u in engine.units],
         pending=waiting + (engine.twig > 1),  # a twig under way is a sum of its own
         every_leaf=engine.every_leaf, turns=engine.turns.count, pool=KEPT, in_flight=IN_FLIGHT, ranks=mesh.data.size,
+        received=max(group.hosts.received(group.rank) for group in (mesh.shard, mesh.copies)),
     )  # fmt: skip
 
 
@@ -112,6 +113,7 @@ def _staged(bindings: Sequence[Binding]) -> Plan:
     return Plan(
         shard=first.shard, units=[u for p in plans for u in p.units], pending=first.pending, turns=first.turns,
         every_leaf=first.every_leaf, pool=first.pool, in_flight=first.in_flight, ranks=first.ranks,
+        received=first.received,
     )  # fmt: skip
 
 

@@ -115,6 +115,7 @@ class Plan:
         pool: buffers of one size that wait to be used again.
         in_flight: bytes of gradients under way at most, besides the last unit.
         ranks: among which gradients are sent.
+        received: whole gradients that come to this rank at most where one partial sum of each rank travels.
     """
 
     shard: Shard
@@ -125,6 +126,7 @@ class Plan:
     pool: int
     in_flight: int
     ranks: int
+    received: float = 1.0
 
 
 def gathered_at_most(units: Sequence[UnitBill]) -> int:
@@ -160,7 +162,7 @@ def staging_at_most(p: Plan) -> int:
         return 0
     sums = 1 if p.every_leaf else p.pending
     sizes = [u.numel * u.reduce * sums for u in p.units if u.trainable]
-    return min(sum(sizes), p.in_flight * sums + max(sizes, default=0))
+    return round(max(1.0, p.received) * min(sum(sizes), p.in_flight * sums + max(sizes, default=0)))
 
 
 def state_entries(p: Plan, now: Mapping[str, int], optimizer: int) -> Iterator[Entry]:

@@ -260,8 +260,15 @@ def plan_line(binding: Binding, world: int) -> str:
         f"{len(units)} units, {total:,} parameters ({trained:,} trained); "
         f"parameters {kinds(lambda u: u.dtypes.compute)}, "
         f"masters and optimizer state {kinds(lambda u: u.dtypes.master)}, "
-        f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}, numerics {_numerics(binding)}"
+        f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}, "
+        f"numerics {_numerics(binding)}{_levels(binding)}"
     )
+
+
+def _levels(binding: Binding) -> str:
+    mesh = binding.engine.mesh
+    two = mesh.shard.hosts.two_levels or mesh.copies.hosts.two_levels
+    return f"; exchange in two levels, {mesh.world.hosts}" if two else ""
 
 
 def _numerics(binding: Binding) -> str:
