@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
+from shoal.data.micro import check_count, end_leaf, micro_steps
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
 from shoal.engine import holding, setup
 from shoal.engine.binding import Binding
@@ -329,6 +330,26 @@ class Job:
             raise OrderError(f"job.weight({samples:g}, full={full:g})", remedy="samples >= 0 and full > 0")
         self._all_bound()
         self._feed.weigh(samples / full)
+
+    def micro_steps(self, count: int) -> Iterator[int]:
+        """This rank's part of a step's micro-steps, for loops that accumulate gradients by themselves.
+
+        Use it instead of `range(count)` around forward and backward; one `optimizer.step()` follows. As in that loop
+        gradients add up, so divide each loss by `count`. Every leaf is `count / leaves` neighbouring micro-steps, and
+        the global generators are set from (seed, step, micro-step): batches that the loop draws differ.
+
+        Args:
+            count: of one step, over all ranks; a multiple of the leaves.
+
+        Returns:
+            The numbers of this rank's micro-steps.
+
+        Raises:
+            BatchError: the leaves do not divide the count.
+        """
+        optimizers = [o for b in self._all_bound() for o in b.optimizers]
+        check_count(count, self.leaves)
+        return micro_steps(self._feed, count, lambda: end_leaf(optimizers))
 
     def clip_grad_norm(self, max_norm: float, *, model: nn.Module | None = None) -> float | None:
         """Scale the step's gradients so that their global 2-norm is at most `max_norm`.

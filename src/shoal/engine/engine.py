@@ -141,6 +141,7 @@ class Engine:
         self._check_parameters()
         if self.turn == 0 and self.coming is not None:
             self._new_step(self.coming.present)
+            self.turns.summed = self.coming.summed
         number = self.turns.leaf(self.mesh.cell, self.turn)
         info, self.coming = self.coming or LeafInfo(number, 1.0, self.leaves), None
         if info.leaf != number:
