@@ -153,7 +153,7 @@ for iter_num in range(args.max_iters):
             job.save(args.out)
 
     # forward backward update, with optional gradient accumulation to simulate larger batch size
-    for micro_step in job.micro_steps(args.gradient_accumulation_steps):
+    for _micro_step in job.micro_steps(args.gradient_accumulation_steps):
         X, Y = get_batch("train")
         with ctx:
             logits, loss = model(X, Y)

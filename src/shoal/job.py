@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from shoal import export, resume
 from shoal.average import Average
 from shoal.checkpoint import check_keep, keep_newest
-from shoal.comm.group import Carrier
+from shoal.comm.group import Carrier, current
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
-from shoal.data.micro import check_count, end_leaf, micro_steps
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
+from shoal.data.micro import check_count, end_leaf, micro_steps
 from shoal.engine import holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
@@ -35,12 +35,13 @@ from shoal.engine.ledger import Memory
 from shoal.errors import OrderError, SettingError
 from shoal.launch.rundir import RunDir, open_run_dir
 from shoal.logs import say
+from shoal.plain import PlainJob
 from shoal.random import seed as set_seed
 from shoal.rules import rules
 from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
-from shoal.trace import Trace, Traced
+from shoal.trace import By, Trace, Traced
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
@@ -104,6 +105,9 @@ def init(
             cause="what is pending is overlapped with the next forward",
             remedy="pending=False, or overlap=True",
         )
+    traced = Trace.asked(os.environ if current.get() is None else {})
+    if traced is not None and traced.by is not By.SHOAL:
+        return cast(Job, PlainJob(traced, resolved))
     base = strategy_of(resolved, strategy)
     carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier, resolved.settings.device)
     try:
@@ -243,6 +247,8 @@ class Job:
         """
         self._check_name(name)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if self._trace is not None:
+            self._trace.widen(model)
         facts = {
             "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
@@ -309,12 +315,15 @@ class Job:
         )
         source = DataLoader(dataset, num_workers=workers, collate_fn=collate_fn)
         loader = Loader(self._feed, source, steps)
-        self._loaders.append(cast(Loader[object], loader))
-        return loader
+        return self._keep(loader)
 
     def _wrap(self, source: DataLoader[object]) -> Loader[object]:
-        loader = Loader(self._feed, source, steps_of_loader(source, self.seed, self._say))
-        self._loaders.append(loader)
+        return self._keep(Loader(self._feed, source, steps_of_loader(source, self.seed, self._say)))
+
+    def _keep(self, loader: Loader[T]) -> Loader[T]:
+        self._loaders.append(cast(Loader[object], loader))
+        if self._trace is not None:
+            loader.made = self._trace.widened
         return loader
 
     # ---------------------------------------------------------------- in the loop

@@ -149,7 +149,7 @@ for iter_num in range(args.max_iters):
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, args.out)
 
     # forward backward update, with optional gradient accumulation to simulate larger batch size
-    for micro_step in range(args.gradient_accumulation_steps):
+    for _micro_step in range(args.gradient_accumulation_steps):
         X, Y = get_batch("train")
         with ctx:
             logits, loss = model(X, Y)
