@@ -235,6 +235,8 @@ class PlainJob:
         return micro_steps(self._feed, count, lambda: None)
 
     def weight(self, samples: float, *, full: float) -> None:
+        for model in self._models.values():
+            model.open(self.rank)  # as in a job: what is drawn from here on is the leaf's
         if self._trace.by is By.DDP:
             self._feed.weigh_in(samples / full, ddp.total(samples / full))
 
