@@ -89,6 +89,16 @@ def test_five_lines(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHORT)
+def test_the_page_shows_the_difference(name: str) -> None:
+    """As `difflib` gives it, without the numbers of lines."""
+    files = [f"plain/{name}.py", f"{name}.py"]
+    plain, ported = ((PORTED / file).read_text().splitlines() for file in files)
+    lines = difflib.unified_diff(plain, ported, *files, lineterm="", n=1)
+    shown = "\n".join("@@" if line.startswith("@@") else line.rstrip() for line in lines)
+    assert f"```diff\n{shown}\n```" in (PORTED.parents[1] / "docs" / "ported.md").read_text()
+
+
+@pytest.mark.parametrize("name", SHORT)
 def test_two_ranks_end_in_the_bits_of_one(name: str, pool: Pool, tmp_path: Path) -> None:
     steps, alone = trained(pool, name, tmp_path, 1, "ddp")
     assert steps >= 2
