@@ -12,7 +12,7 @@ import pytest
 from shoal.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
-PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in p.read_text()]
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in p.read_text()]
 
 
 def blocks(page: Path) -> list[str]:
