@@ -13,7 +13,7 @@ from shoal.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ROOT / "docs" / "questions.md"
-WITH_CODE = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in p.read_text()]
+WITH_CODE = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in p.read_text()]
 PAGES = [p for p in WITH_CODE if p != QUESTIONS]
 TOGETHER = """
 import sys

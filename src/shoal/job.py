@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from shoal import export, resume
 from shoal.average import Average
 from shoal.checkpoint import check_keep, keep_newest
-from shoal.comm.group import Carrier
+from shoal.comm.group import Carrier, current
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
+from shoal.data.micro import check_count, end_leaf, micro_steps
 from shoal.engine import holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
@@ -34,12 +35,13 @@ from shoal.engine.ledger import Memory
 from shoal.errors import OrderError, SettingError
 from shoal.launch.rundir import RunDir, open_run_dir
 from shoal.logs import say
+from shoal.plain import PlainJob
 from shoal.random import seed as set_seed
 from shoal.rules import rules
 from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
-from shoal.trace import Trace, Traced
+from shoal.trace import By, Trace, Traced
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
@@ -106,6 +108,9 @@ def init(
             cause="what is pending is overlapped with the next forward",
             remedy="pending=False, or overlap=True",
         )
+    traced = Trace.asked(os.environ if current.get() is None else {})
+    if traced is not None and traced.by is not By.SHOAL:
+        return cast(Job, PlainJob(traced, resolved))
     base = strategy_of(resolved, strategy)
     s = resolved.settings
     carrying, place = find_carrier(s.timeout, s.carrier, s.device, s.interface)
@@ -251,6 +256,8 @@ class Job:
         """
         self._check_name(name)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if self._trace is not None:
+            self._trace.widen(model)
         facts = {
             "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
@@ -317,12 +324,15 @@ class Job:
         )
         source = DataLoader(dataset, num_workers=workers, collate_fn=collate_fn)
         loader = Loader(self._feed, source, steps)
-        self._loaders.append(cast(Loader[object], loader))
-        return loader
+        return self._keep(loader)
 
     def _wrap(self, source: DataLoader[object]) -> Loader[object]:
-        loader = Loader(self._feed, source, steps_of_loader(source, self.seed, self._say))
-        self._loaders.append(loader)
+        return self._keep(Loader(self._feed, source, steps_of_loader(source, self.seed, self._say)))
+
+    def _keep(self, loader: Loader[T]) -> Loader[T]:
+        self._loaders.append(cast(Loader[object], loader))
+        if self._trace is not None:
+            loader.made = self._trace.widened
         return loader
 
     # ---------------------------------------------------------------- in the loop
@@ -338,6 +348,26 @@ class Job:
             raise OrderError(f"job.weight({samples:g}, full={full:g})", remedy="samples >= 0 and full > 0")
         self._all_bound()
         self._feed.weigh(samples / full)
+
+    def micro_steps(self, count: int) -> Iterator[int]:
+        """This rank's part of a step's micro-steps, for loops that accumulate gradients by themselves.
+
+        Use it instead of `range(count)` around forward and backward; one `optimizer.step()` follows. As in that loop
+        gradients add up, so divide each loss by `count`. Every leaf is `count / leaves` neighbouring micro-steps, and
+        the global generators are set from (seed, step, micro-step): batches that the loop draws differ.
+
+        Args:
+            count: of one step, over all ranks; a multiple of the leaves.
+
+        Returns:
+            The numbers of this rank's micro-steps.
+
+        Raises:
+            BatchError: the leaves do not divide the count.
+        """
+        optimizers = [o for b in self._all_bound() for o in b.optimizers]
+        check_count(count, self.leaves)
+        return micro_steps(self._feed, count, lambda: end_leaf(optimizers))
 
     def clip_grad_norm(self, max_norm: float, *, model: nn.Module | None = None) -> float | None:
         """Scale the step's gradients so that their global 2-norm is at most `max_norm`.

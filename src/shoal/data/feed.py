@@ -95,7 +95,7 @@ class LeafFeed:
         self.handed = handed
         self.means.begin(handed)
         for engine in self.engines:
-            engine.coming = LeafInfo(handed.leaf, handed.weight, handed.turns.present)
+            engine.coming = LeafInfo(handed.leaf, handed.weight, handed.turns.present, handed.turns.summed)
         if any(engine.leaf is not None for engine in self.engines):  # one more batch of the same leaf
             self.more += 1
             everything(mix("more", self.seed, self.step, str(handed.leaf), self.more))  # random numbers of its own

@@ -81,6 +81,7 @@ class Loader(Generic[T_co]):
         self.feed, self.source, self.steps = feed, source, steps
         self.epoch, self.next_step = 0, 0
         self.begun = False
+        self.made: Callable[[T_co], T_co] = lambda batch: batch  # what is handed out in a batch's place
 
     @property
     def dataset(self) -> Dataset[T_co]:
@@ -101,7 +102,7 @@ class Loader(Generic[T_co]):
             for (step, handed, _), batch in zip(mine, _remake(self.source, batches), strict=True):
                 self.next_step = step + 1
                 self.feed.hand_out(handed)
-                yield batch
+                yield self.made(batch)
             self.go_to(self.epoch + 1, 0)
         finally:
             self.feed.end(loop)

@@ -141,6 +141,7 @@ class Engine:
         self._check_parameters()
         if self.turn == 0 and self.coming is not None:
             self._new_step(self.coming.present)
+            self.turns.summed = self.coming.summed
         number = self.turns.leaf(self.mesh.cell, self.turn)
         info, self.coming = self.coming or LeafInfo(number, 1.0, self.leaves), None
         if info.leaf != number:
@@ -189,7 +190,8 @@ class Engine:
             self.gradients.drop_held(leaf)
             self.presence.free_all()
             self.buffers.end(self.mesh.cell if acted else None, 1.0)
-        if acted and any(self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed]))):
+        changed = self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed])) if acted else []
+        if any(map(any, changed)):  # else equal values would be averaged, and a third of three is not always the same
             self.buffers.settle(Turns.one_each(self.mesh.cells))
 
     def _check_parameters(self) -> None:

@@ -338,13 +338,13 @@ class Gradients:
         runs = between(unit.runs, start, stop)
         if copies.size == 1 and borrowed:
             flat = self.pool.take(stop - start, like.dtype, like.device)
-            self.results[unit.index] = keep(tree.take(), turns.total, runs, start, flat, self.pool)
+            self.results[unit.index] = keep(tree.take(), turns.divisor, runs, start, flat, self.pool)
             return
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
         bounds = even_bounds(start, stop, copies.size)
         gate = Gate() if self.gated else None
         self.results[unit.index] = yield from agree(
-            copies, bounds, runs, drain(tree), theirs, turns.total, turns.twigs, self.pool, like,
+            copies, bounds, runs, drain(tree), theirs, turns.divisor, turns.twigs, self.pool, like,
             self.commons.get(unit.index), key, gate, unit.index,
         )  # fmt: skip
 

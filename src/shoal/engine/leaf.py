@@ -10,11 +10,15 @@ from shoal.engine.schedule import Cursor, Record
 
 
 class LeafInfo(NamedTuple):
-    """What a loader says of the batch that it hands out. `leaf` None: nobody needs its gradient."""
+    """What a loader says of the batch that it hands out. `leaf` None: nobody needs its gradient.
+
+    `summed`: the step's gradient is the sum over its leaves, not their mean.
+    """
 
     leaf: int | None
     weight: float
     present: int
+    summed: bool = False
 
 
 @dataclass(slots=True)
