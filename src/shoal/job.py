@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from shoal import export, resume
 from shoal.average import Average
 from shoal.checkpoint import check_keep, keep_newest
+from shoal.collectives import Collectives
 from shoal.comm.group import Carrier
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
@@ -40,6 +41,7 @@ from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
 from shoal.trace import Trace, Traced
+from shoal.verbs import Verbs
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
@@ -113,7 +115,7 @@ def init(
         raise
 
 
-class Job:
+class Job(Verbs):
     """One training job, seen from one rank. Made by `shoal.init`; a context manager that closes itself."""
 
     device: torch.device
@@ -137,6 +139,7 @@ class Job:
         self._trace = Trace.asked(os.environ if place.own_process else {})
         self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
+        self._together = Collectives(self._meeting, self.device)
         self.threads = s.threads
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(s.threads)

@@ -1,0 +1,130 @@
+"""What a job offers besides training. `Job` inherits it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TextIO, TypeVar, cast
+
+from torch import Tensor
+
+from shoal.collectives import Collectives, Handle, Number
+from shoal.once import Main, once
+
+T = TypeVar("T")
+V = TypeVar("V", bound=Tensor | Number)
+
+
+class Verbs:
+    """Words between ranks, evaluation, and what is told to people.
+
+    Attributes:
+        _together: what user code exchanges.
+    """
+
+    _together: Collectives
+
+    # ---------------------------------------------------------------- between ranks
+
+    def reduce(self, value: V, op: str = "sum") -> V:
+        """Combine a tensor or number of every rank; all get the result. Collective.
+
+        Ranks are added along a fixed tree: a world of one size always gives the same bits. Half precision is added in
+        float32 and rounded once.
+
+        Args:
+            value: of equal shape and dtype on all ranks; it is not changed.
+            op: "sum", "mean", "min", "max" or "prod". Of bools "max" says whether any is true and "min" whether all.
+
+        Returns:
+            A new tensor like `value`, or a number if it is one.
+
+        Raises:
+            DivergedError: ranks pass different things.
+            SettingError: an unknown op, or one that the dtype does not have.
+        """
+        return self.reduce_async(value, op).wait()
+
+    def reduce_async(self, value: V, op: str = "sum") -> Handle[V]:
+        """The same, begun: `handle.wait()` gives the result. Every rank has to wait for it in the end."""
+        return cast("Handle[V]", self._together.reduce(value, op))
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank passes, in the order of ranks, on all ranks. Collective.
+
+        Args:
+            value: a tensor of one dtype on all ranks and of any shape on each; or whatever JSON can say.
+
+        Raises:
+            DivergedError: ranks pass different dtypes, or tensors on some and other values on others.
+            SettingError: neither a tensor nor JSON.
+        """
+        return self.gather_async(value).wait()
+
+    def gather_async(self, value: T) -> Handle[list[T]]:
+        """The same, begun: `handle.wait()` gives the list. Every rank has to wait for it in the end."""
+        return cast("Handle[list[T]]", self._together.gather(value))
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        """What rank `root` passes, on all ranks. Collective.
+
+        Args:
+            value: on `root` a tensor, or whatever JSON can say; on the others None, or a tensor of the same kind,
+                which is not changed.
+            root: whose value counts.
+
+        Raises:
+            DivergedError: ranks name different roots, or pass a tensor unlike the root's.
+            SettingError: no such rank, or neither a tensor nor JSON.
+        """
+        return self.broadcast_async(value, root).wait()
+
+    def broadcast_async(self, value: T, root: int = 0) -> Handle[T]:
+        """The same, begun: `handle.wait()` gives the value. Every rank has to wait for it in the end."""
+        return cast("Handle[T]", self._together.broadcast(value, root))
+
+    def barrier(self) -> None:
+        """Return when all ranks have come here. Collective."""
+        self._together.barrier()
+
+    def print(self, *values: object, all: bool = False, file: TextIO | None = None) -> None:
+        """Print on rank 0.
+
+        Args:
+            values: as for Python's `print`.
+            all: print what every rank passes, a line each, in the order of ranks. Collective.
+            file: default `sys.stdout`.
+        """
+        text = " ".join(str(v) for v in values)
+        lines = [f"[rank {r}] {t}" for r, t in enumerate(self.gather(text))] if all else [text]
+        if self.main:
+            print("\n".join(lines), file=file or sys.stdout, flush=True)
+
+    # ---------------------------------------------------------------- by one for all
+
+    @property
+    def main(self) -> Main:
+        """True on rank 0: `if job.main: ...` is for what one rank does (prints, files).
+
+        Calls of the job do not belong in it. For work that takes longer than `timeout` enter it, as the others' waits
+        end otherwise: `with job.main as here: ...` gives the same bool and stops their clock.
+        """
+        return Main(self._together.world.carrier)
+
+    def once(self, work: Callable[[], T], *, per: str = "host") -> T:
+        """Have one rank of every host do something (download, unpack, tokenize) that all of its ranks need. Collective.
+
+        The others wait as long as it takes, as the one that works is seen to live.
+
+        Args:
+            work: called without arguments. It must not call the job.
+            per: "host", or "job": on rank 0 alone, for a file system that all hosts share.
+
+        Returns:
+            What `work` has returned on this host, which JSON must be able to say.
+
+        Raises:
+            PeerFailed: it raised on another rank. That rank raises its own error.
+            SettingError: it returned what others cannot be told.
+        """
+        return once(self._together.meeting, work, per)
