@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TextIO, TypeVar, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from shoal.collectives import Collectives, Handle, Number
+from shoal.data.feed import LeafFeed
+from shoal.evaluation import Evaluation, Metrics, Predict, evaluate
 from shoal.once import Main, once
 
 T = TypeVar("T")
@@ -20,9 +23,12 @@ class Verbs:
 
     Attributes:
         _together: what user code exchanges.
+        _feed: seeds, and who is handed what.
     """
 
+    device: torch.device
     _together: Collectives
+    _feed: LeafFeed
 
     # ---------------------------------------------------------------- between ranks
 
@@ -128,3 +134,33 @@ class Verbs:
             SettingError: it returned what others cannot be told.
         """
         return once(self._together.meeting, work, per)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self, model: nn.Module, loader: Iterable[object], metrics: Metrics, *, predict: Predict | None = None
+    ) -> Evaluation:  # fmt: skip
+        """Measure a model on all samples of a loader, each counted once, with the same bits at every world size.
+
+        Collective, between steps. The model is in eval mode meanwhile, without gradients. Ranks may have unequally many
+        batches, or none; under ZeRO-3 a rank that has run out serves the others. Bits do not depend on the number of
+        ranks, but on the loader's batch size.
+
+        Args:
+            model: the prepared one, or any other that is equal on all ranks.
+            loader: a DataLoader or a prepared loader, whose batches are counted out to ranks by their numbers; or any
+                iterable of batches, which every rank reads in full and takes its share of.
+            metrics: names ("accuracy", "precision", "recall", "f1", "auc", "perplexity"), or a dict of such names, loss
+                functions `f(outputs, targets)`, metrics of `shoal.metrics`, and the user's own with
+                `update(outputs, targets)`, `compute()` and `reset()`, such as torchmetrics'. These are handed all
+                batches in their order on every rank, so all outputs travel.
+            predict: `predict(model, batch)` gives outputs and targets. Default: the last part of a batch is the
+                target, or "labels" of a dict.
+
+        Raises:
+            OrderError: in the middle of a step.
+            BatchError: no batches, or ones that need `predict`.
+            SettingError: an unknown metric, or outputs that do not fit it.
+            DivergedError: ranks measure different things, or read unequally many batches.
+        """
+        return evaluate(model, loader, metrics, predict, self._feed, self._together.meeting, self.device)
