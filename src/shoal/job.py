@@ -41,6 +41,7 @@ from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
 from shoal.trace import Trace, Traced
+from shoal.tracking import Tracking
 from shoal.verbs import Verbs
 
 M = TypeVar("M", bound=nn.Module)
@@ -147,6 +148,7 @@ class Job(Verbs):
         self._restore_hook = _tell_of_failure(carrier) if place.own_process else lambda: None
         if place.own_process:
             atexit.register(self.close)
+        self._tracking = Tracking(self.event, resolved.settings.model_dump())
         set_seed(self.seed, 0)
         self.event("init", world=carrier.size, strategy=strategy.name)
 
@@ -435,6 +437,7 @@ class Job(Verbs):
         finally:
             self._carrier.hold("")
         self.event("save", step=self.step, path=str(target))
+        self._tracking.saved(self.step, target)
         return target
 
     def load(self, path: str | Path) -> int:
@@ -518,6 +521,7 @@ class Job(Verbs):
             self._end()
 
     def _end(self) -> None:
+        self._tracking.end()
         self._carrier.close()
         for binding in self._bindings.values():
             binding.release()

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from shoal.collectives import Collectives, Handle, Number
 from shoal.data.feed import LeafFeed
+from shoal.engine.binding import Binding
 from shoal.evaluation import Evaluation, Metrics, Predict, evaluate
 from shoal.once import Main, once
+from shoal.trackers.protocol import Tracker
+from shoal.tracking import Tracking, check_log, facts_of, numbers, share_of_peak
 
 T = TypeVar("T")
 V = TypeVar("V", bound=Tensor | Number)
@@ -24,11 +27,15 @@ class Verbs:
     Attributes:
         _together: what user code exchanges.
         _feed: seeds, and who is handed what.
+        _tracking: what is told of the run.
+        _latest: the model that stepped last.
     """
 
     device: torch.device
     _together: Collectives
     _feed: LeafFeed
+    _tracking: Tracking
+    _latest: Binding | None
 
     # ---------------------------------------------------------------- between ranks
 
@@ -164,3 +171,41 @@ class Verbs:
             DivergedError: ranks measure different things, or read unequally many batches.
         """
         return evaluate(model, loader, metrics, predict, self._feed, self._together.meeting, self.device)
+
+    # ---------------------------------------------------------------- telling
+
+    def report_to(self, *trackers: Tracker) -> None:
+        """Tell these of all that `job.log` says from now on, and of checkpoints. Rank 0 does.
+
+        Args:
+            trackers: of `shoal.trackers` (TensorBoard, WandB, MLflow), or with the same four methods. One that raises
+                is said so once and gets nothing more; training goes on.
+        """
+        if self.main:
+            self._tracking.add(trackers)
+
+    def log(
+        self, *, every: int = 1, tokens: int = 0, peak_flops: float = 0.0, flops_per_token: float | None = None,
+        **values: float | Tensor | None,
+    ) -> None:  # fmt: skip
+        """Say how training goes, in one line, to `events.jsonl`, to standard error and to trackers.
+
+        Call it after every `optimizer.step()`, on rank 0 or on all ranks; nothing travels. Learning rate, loss scale,
+        the norm of the latest `clip_grad_norm`, rank 0's memory and rates over the interval come by themselves.
+
+        Args:
+            every: so many steps make an interval; the others are only counted.
+            tokens: of a whole step, over all ranks; for tokens/s.
+            peak_flops: floating-point operations a second of one rank's device at its best; with it MFU is said.
+            flops_per_token: of forward and backward; default 6 for every parameter of the model.
+            values: numbers by their names, `loss=job.mean(loss)`; None is left out.
+
+        Raises:
+            SettingError: a value that is no number.
+        """
+        check_log(every, tokens, values)
+        latest = self._latest
+        if self.main and latest is not None and latest.stepped:
+            share = share_of_peak(latest, peak_flops, flops_per_token)
+            said = numbers(values) | facts_of(latest, self.device)
+            self._tracking.log(self._feed.step, every, tokens, share, said)
