@@ -41,6 +41,7 @@ from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
 from shoal.trace import Trace, Traced
+from shoal.tracked import Tracked
 from shoal.tracking import Tracking
 from shoal.verbs import Verbs
 
@@ -148,6 +149,7 @@ class Job(Verbs):
         self._restore_hook = _tell_of_failure(carrier) if place.own_process else lambda: None
         if place.own_process:
             atexit.register(self.close)
+        self._tracked = Tracked(self._say)
         self._tracking = Tracking(self.event, resolved.settings.model_dump())
         set_seed(self.seed, 0)
         self.event("init", world=carrier.size, strategy=strategy.name)
@@ -497,6 +499,7 @@ class Job(Verbs):
         return resume.Facts(
             leaves=self.leaves, seed=self.seed, threads=self.threads, precision=self.strategy.precision, path=Path(),
             twig=self.strategy.twig, masters=self.strategy.masters, positions=[x.position() for x in self._loaders],
+            tracked=self._tracked,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- the end

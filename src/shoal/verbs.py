@@ -14,6 +14,7 @@ from shoal.data.feed import LeafFeed
 from shoal.engine.binding import Binding
 from shoal.evaluation import Evaluation, Metrics, Predict, evaluate
 from shoal.once import Main, once
+from shoal.tracked import Tracked
 from shoal.trackers.protocol import Tracker
 from shoal.tracking import Tracking, check_log, facts_of, numbers, share_of_peak
 
@@ -28,6 +29,7 @@ class Verbs:
         _together: what user code exchanges.
         _feed: seeds, and who is handed what.
         _tracking: what is told of the run.
+        _tracked: what is in checkpoints besides models and optimizers.
         _latest: the model that stepped last.
     """
 
@@ -35,6 +37,7 @@ class Verbs:
     _together: Collectives
     _feed: LeafFeed
     _tracking: Tracking
+    _tracked: Tracked
     _latest: Binding | None
 
     # ---------------------------------------------------------------- between ranks
@@ -209,3 +212,22 @@ class Verbs:
             share = share_of_peak(latest, peak_flops, flops_per_token)
             said = numbers(values) | facts_of(latest, self.device)
             self._tracking.log(self._feed.step, every, tokens, share, said)
+
+    # ---------------------------------------------------------------- state
+
+    def track(self, **objects: object) -> None:
+        """Put more into checkpoints: whatever has `state_dict()` and `load_state_dict()`. Call it before `job.load`.
+
+        Models, optimizers, schedulers and loaders given to `prepare`, loaders of `job.loader` and averages of `job.ema`
+        (in shards, like their models) are there already. States are kept without pickle: tensors, arrays, numbers,
+        strings, None, and lists, tuples and dicts of them. Rank 0's is saved, and all ranks get it back; a line says
+        where ranks differ.
+
+        Args:
+            objects: by the names that they have in the checkpoint.
+
+        Raises:
+            SettingError: one has no such methods.
+            OrderError: the name is taken, or `job.load` has passed its state by.
+        """
+        self._tracked.add(objects)
