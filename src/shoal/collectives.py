@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Generic, TypeVar, cast
 
@@ -177,6 +178,15 @@ class Collectives:
     def barrier(self) -> None:
         """See `Job.barrier`."""
         self.meeting.meet(Want.BARRIER)
+
+    @contextmanager
+    def leased(self, reason: str) -> Generator[None]:
+        """While this rank works, the others' waits do not end."""
+        self.world.carrier.hold(reason)
+        try:
+            yield
+        finally:
+            self.world.carrier.hold("")
 
     # ---------------------------------------------------------------- handles
 

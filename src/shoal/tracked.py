@@ -18,6 +18,7 @@ from shoal.checkpoint.tensors import raw_bytes
 from shoal.errors import OrderError, SaveError, SettingError
 
 KIND = "extra:tracked"
+Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 
 @runtime_checkable
@@ -130,7 +131,9 @@ def encode(value: object, path: str, tensors: list[tuple[str, Tensor]]) -> objec
     if isinstance(value, Tensor | np.ndarray):
         array = not isinstance(value, Tensor)
         key = f"{path.partition('.')[0]}/{len(tensors)}"
-        tensors.append((key, value if isinstance(value, Tensor) else _from_array(value)))
+        tensors.append(
+            (key, value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(cast(Array, value))))
+        )
         return {"array" if array else "tensor": key}
     if isinstance(value, np.generic):
         return cast(object, value.item())
@@ -146,10 +149,6 @@ def encode(value: object, path: str, tensors: list[tuple[str, Tensor]]) -> objec
         cause="checkpoints hold tensors, arrays, numbers, strings, None, and lists, tuples and dicts of them",
         remedy=f"leave it out of the state_dict() of what is tracked as {path.partition('.')[0]}",
     )
-
-
-def _from_array(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def decode(coded: object, tensor: Callable[[str], Tensor]) -> object:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import TextIO, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from shoal.collectives import Collectives, Handle, Number
+from shoal.comm.meet import Want
 from shoal.data.feed import LeafFeed
 from shoal.engine.binding import Binding
 from shoal.evaluation import Evaluation, Metrics, Predict, evaluate
 from shoal.once import Main, once
+from shoal.pretrained.fill import Pretrained, load_pretrained
 from shoal.tracked import Tracked
 from shoal.trackers.protocol import Tracker
 from shoal.tracking import Tracking, check_log, facts_of, numbers, share_of_peak
@@ -231,3 +235,41 @@ class Verbs:
             OrderError: the name is taken, or `job.load` has passed its state by.
         """
         self._tracked.add(objects)
+
+    def load_pretrained(
+        self, path: str | Path, model: nn.Module | None = None, *, strict: bool = True, trust: bool = False,
+        rename: Callable[[str], str] = str,
+    ) -> Pretrained:  # fmt: skip
+        """Fill a prepared model with weights that another program has written, tensor by tensor. Collective.
+
+        No rank ever holds the whole of it: each reads the tensors of which it keeps a part. Values are converted to the
+        model's dtype. Averages of `job.ema` begin anew.
+
+        Args:
+            path: a `.safetensors` file, a Hugging Face index or a directory with either; `.pt`, `.pth`, `.bin` with
+                a state dict; a directory of torch's distributed checkpoint; of DeepSpeed's ZeRO, universal or as
+                stages 1 to 3 write it.
+            model: the prepared one; None: the only one.
+            strict: missing or extra names are an error; else they are reported.
+            trust: may pickles be read that run code? Needed for torch's distributed and DeepSpeed's sharded ones.
+            rename: what a name of the file is called in the model.
+
+        Returns:
+            The names that were loaded, are missing in the file, and are extra in it.
+
+        Raises:
+            CheckpointError: there are no weights, or they may not be read.
+            ResumeError: other names or shapes; nothing has been changed then.
+        """
+        binding = self._find(model)
+        self._between_steps("job.load_pretrained")
+        self._together.meeting.meet(Want.PRETRAINED, model=binding.engine.number)
+        with self._together.leased("job.load_pretrained"):
+            share = partial(self._together.world.share_any, "file")
+            return load_pretrained(binding, Path(path), share, strict=strict, trust=trust, rename=rename)
+
+    def _find(self, model: nn.Module | None) -> Binding:
+        raise NotImplementedError
+
+    def _between_steps(self, what: str) -> None:
+        raise NotImplementedError

@@ -38,6 +38,7 @@ class Want(IntEnum):
     BARRIER = 43
     ONCE = 44
     EVALUATE = 45
+    PRETRAINED = 46
 
 
 _WORDS = {
@@ -62,6 +63,7 @@ _WORDS = {
     Want.BARRIER: "is in job.barrier",
     Want.ONCE: "is in job.once",
     Want.EVALUATE: "is in job.evaluate",
+    Want.PRETRAINED: "is in job.load_pretrained",
 }
 
 
