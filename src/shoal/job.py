@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from shoal import export, resume
 from shoal.average import Average
 from shoal.checkpoint import check_keep, keep_newest
+from shoal.collectives import Collectives
 from shoal.comm.group import Carrier, current
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
@@ -42,6 +43,9 @@ from shoal.settings import Resolved
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of
 from shoal.strategy import Strategy
 from shoal.trace import By, Trace, Traced
+from shoal.tracked import Tracked
+from shoal.tracking import Tracking
+from shoal.verbs import Verbs
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
@@ -122,7 +126,7 @@ def init(
         raise
 
 
-class Job:
+class Job(Verbs):
     """One training job, seen from one rank. Made by `shoal.init`; a context manager that closes itself."""
 
     device: torch.device
@@ -146,6 +150,7 @@ class Job:
         self._trace = Trace.asked(os.environ if place.own_process else {})
         self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
+        self._together = Collectives(self._meeting, self.device)
         self.threads = s.threads
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(s.threads)
@@ -153,6 +158,8 @@ class Job:
         self._restore_hook = _tell_of_failure(carrier) if place.own_process else lambda: None
         if place.own_process:
             atexit.register(self.close)
+        self._tracked = Tracked(self._say)
+        self._tracking = Tracking(self.event, resolved.settings.model_dump())
         set_seed(self.seed, 0)
         self.event("init", world=carrier.size, strategy=strategy.name)
 
@@ -471,6 +478,7 @@ class Job:
         finally:
             self._carrier.hold("")
         self.event("save", step=self.step, path=str(target))
+        self._tracking.saved(self.step, target)
         return target
 
     def load(self, path: str | Path) -> int:
@@ -530,6 +538,7 @@ class Job:
         return resume.Facts(
             leaves=self.leaves, seed=self.seed, threads=self.threads, precision=self.strategy.precision, path=Path(),
             twig=self.strategy.twig, masters=self.strategy.masters, positions=[x.position() for x in self._loaders],
+            tracked=self._tracked,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- the end
@@ -554,6 +563,7 @@ class Job:
             self._end()
 
     def _end(self) -> None:
+        self._tracking.end()
         self._carrier.close()
         for binding in self._bindings.values():
             binding.release()

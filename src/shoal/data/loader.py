@@ -99,7 +99,7 @@ class Loader(Generic[T_co]):
         batches = [SeededBatch(indices, mix("data", self.feed.seed, self.epoch, s, h.leaf)) for s, h, indices in mine]
         loop = self.feed.begin()
         try:
-            for (step, handed, _), batch in zip(mine, _remake(self.source, batches), strict=True):
+            for (step, handed, _), batch in zip(mine, remake(self.source, batches), strict=True):
                 self.next_step = step + 1
                 self.feed.hand_out(handed)
                 yield self.made(batch)
@@ -232,7 +232,8 @@ class SeededDataset:
         return len(cast(Sized, self.dataset))
 
 
-def _remake(source: DataLoader[T_co], batches: list[SeededBatch]) -> DataLoader[T_co]:
+def remake(source: DataLoader[T_co], batches: list[SeededBatch]) -> DataLoader[T_co]:
+    """The same loader, with these batches."""
     workers = source.num_workers
     return DataLoader(
         cast(Dataset[T_co], SeededDataset(cast(Dataset[object], source.dataset))),

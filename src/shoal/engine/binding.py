@@ -59,6 +59,7 @@ class Binding:
         self.names, self.strategy, self.ended = names, s, ended
         self.holder = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self.stepped = False
+        self.norm: float | None = None  # of the gradients, when they were last clipped
         self.on_step: Callable[[Binding], None] = lambda _binding: None
         self.schedulers: list[LRScheduler] = []
         self.order = {n: i for i, (n, _) in enumerate(self.model.named_parameters())}
@@ -176,8 +177,9 @@ class Binding:
         engine.settle()
         engine.meeting.meet(Want.CLIP, engine.steps, model=engine.number)
         if engine.overflow is not None:
+            self.norm = math.inf
             return math.inf
-        norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh)
+        norm = self.norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh)
         scale = min(max_norm / (norm + 1e-6), 1.0)  # in this order NaN stays NaN, as in torch
         if scale != 1.0:
             engine.gradients.multiply(scale)
