@@ -27,7 +27,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
-from shoal.engine import holding, setup
+from shoal.engine import habits, holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
 from shoal.engine.ledger import Memory
@@ -342,6 +342,29 @@ class Job:
             not the step's last, where nothing happens.
         """
         return self._find(model).clip_grad_norm(max_norm)
+
+    def clip_grad_value(self, limit: float, *, model: nn.Module | None = None) -> bool | None:
+        """Clamp every element of the step's gradients to -limit..limit, as torch's `clip_grad_value_` does.
+
+        Args:
+            limit: the largest magnitude afterwards, at least 0.
+            model: whose gradients; None: the only one's.
+
+        Returns:
+            True on a step's last leaf; None on the others, where nothing happens.
+        """
+        return habits.clip_values(self._find(model), limit)
+
+    def gradients(self, model: nn.Module | None = None) -> AbstractContextManager[bool]:
+        """Inside, every `p.grad` is the step's gradient, whole, to read. Between backward and step. Collective.
+
+        The context gives True on a step's last leaf, and False on the others, where gradients are not known yet.
+        What is written to them is dropped. Memory: one whole gradient.
+
+        Args:
+            model: whose; None: the only one's.
+        """
+        return habits.whole_gradients(self._find(model))
 
     def loss_scale(self, model: nn.Module | None = None) -> float:
         """What float16 losses are multiplied with for backward; 1 in other precisions."""
