@@ -18,6 +18,7 @@ PROCESSES = (
     "benchmarks",
     "cli",
     "doctor",
+    "dropin",
     "examples",
     "faults",
     "gpu",

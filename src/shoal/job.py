@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,23 +20,24 @@ from torch.utils.data import DataLoader, Dataset
 from shoal import export, resume
 from shoal.average import Average
 from shoal.checkpoint import check_keep, keep_newest
-from shoal.comm.group import Carrier
+from shoal.comm.group import Carrier, latest
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
+from shoal.dropin.strays import Strays
 from shoal.engine import habits, holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
 from shoal.engine.ledger import Memory
 from shoal.errors import OrderError, SettingError
 from shoal.launch.rundir import RunDir, open_run_dir
-from shoal.logs import say
+from shoal.logs import say, warn
 from shoal.random import seed as set_seed
 from shoal.rules import rules
 from shoal.settings import Resolved
-from shoal.start import Seat, find_carrier, settle_settings, strategy_of
+from shoal.start import Seat, find_carrier, settle_settings, strategy_of, tell_of_failure
 from shoal.strategy import Strategy
 from shoal.trace import Trace, Traced
 
@@ -134,6 +134,8 @@ class Job:
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._closed = False
         self._resumed: Path | None = None
+        self._strays = Strays(self._mesh.world)
+        latest.set(carrier)
         self._trace = Trace.asked(os.environ if place.own_process else {})
         self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
@@ -141,7 +143,7 @@ class Job:
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(s.threads)
         self.run_dir: RunDir | None = open_run_dir(resolved) if carrier.rank == 0 and place.own_process else None
-        self._restore_hook = _tell_of_failure(carrier) if place.own_process else lambda: None
+        self._restore_hook = tell_of_failure(carrier) if place.own_process else lambda: None
         if place.own_process:
             atexit.register(self.close)
         set_seed(self.seed, 0)
@@ -530,6 +532,7 @@ class Job:
                 for binding in self._bindings.values():
                     binding.engine.updates.flush()
                 self._meeting.meet(Want.CLOSE)
+                self._strays.tell(self._warn, [o for b in self._bindings.values() for o in b.optimizers])
                 self.event("close", step=self.step)
         except BaseException as error:
             self._carrier.fail(f"{type(error).__name__}: {error}")
@@ -576,6 +579,10 @@ class Job:
     def _say(self, text: str) -> None:
         if self.rank == 0:
             say(text)
+
+    def _warn(self, text: str) -> None:
+        if self.rank == 0:
+            warn(text)
 
     def _share(self, data: bytes) -> list[bytes]:
         return self._mesh.world.share_any("file", data)
@@ -631,20 +638,3 @@ def _default_device(carrier: Carrier) -> str:
         return "cpu"
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return str(found) if found is not None else "cpu"
-
-
-def _tell_of_failure(carrier: Carrier) -> Callable[[], None]:
-    """Let the other ranks know why this one dies of an exception. Returns what puts the old hook back."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
-        carrier.fail(f"{kind.__name__}: {error}")
-
-    sys.excepthook = hook
-
-    def restore() -> None:
-        if sys.excepthook is hook:
-            sys.excepthook = before
-
-    return restore

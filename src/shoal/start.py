@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 from shoal.comm.group import Carrier, current
 from shoal.comm.host import join_host
@@ -69,7 +71,9 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
     )
 
 
-def find_carrier(timeout: float, name: str = "auto", device: str | None = None) -> tuple[Carrier, Seat]:
+def find_carrier(
+    timeout: float, name: str = "auto", device: str | None = None, environ: Mapping[str, str] = os.environ
+) -> tuple[Carrier, Seat]:  # fmt: skip
     """This rank's place and what connects it to the others.
 
     Args:
@@ -77,11 +81,12 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
         name: of the carrier. "gloo": TCP alone; "shared": memory within hosts, TCP between them; "auto": that where it
             can be had, and NCCL for accelerators.
         device: where this rank's model will be; None: the host.
+        environ: where the place is looked for.
     """
     given = current.get()
     if given is not None:
         return given, Seat(given.size, own_process=False)
-    place = find_place(os.environ)
+    place = find_place(environ)
     if place is None:
         return Alone(), Seat(1, own_process=True)
     seat = Seat(place.local_world, own_process=True)
@@ -98,3 +103,20 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
         lives = Gloo(address, timeout=timeout, report=warn)
         host = lives if name == "gloo" else join_host(lives, wanted=name == "shared")
     return over_devices(host, lives, here, name, address, timeout), seat
+
+
+def tell_of_failure(carrier: Carrier) -> Callable[[], None]:
+    """Let the other ranks know why this one dies of an exception. Returns what puts the old hook back."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        carrier.fail(f"{kind.__name__}: {error}")
+
+    sys.excepthook = hook
+
+    def restore() -> None:
+        if sys.excepthook is hook:
+            sys.excepthook = before
+
+    return restore
