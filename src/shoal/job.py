@@ -26,7 +26,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
-from shoal.dropin.strays import Strays
+from shoal.dropin.strays import Strays, ours
 from shoal.engine import habits, holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
@@ -260,6 +260,7 @@ class Job:
             prefix=f"{name}/" if name else "",
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)
+        ours(*optimizers)
         self._wanted[name], binding.on_step = wanted, self._steps
         self._feed.bind(binding.engine)
         results: list[object] = [model, optimizer]
@@ -532,7 +533,7 @@ class Job:
                 for binding in self._bindings.values():
                     binding.engine.updates.flush()
                 self._meeting.meet(Want.CLOSE)
-                self._strays.tell(self._warn, [o for b in self._bindings.values() for o in b.optimizers])
+                self._strays.tell(self._warn)
                 self.event("close", step=self.step)
         except BaseException as error:
             self._carrier.fail(f"{type(error).__name__}: {error}")

@@ -36,6 +36,7 @@ def settle_settings(strategy: str | Strategy | None, given: Mapping[str, object]
         own = {
             "strategy": strategy.name, "leaves": strategy.leaves, "ranks_per_copy": strategy.ranks_per_copy,
             "precision": strategy.precision if strategy.precision != "float32" else None,
+            "reduce": strategy.reduce if strategy.reduce != "float32" else None,
             "twig": strategy.twig if strategy.twig != 1 else None,
             "masters": False if not strategy.masters else None,
             "numerics": strategy.numerics if strategy.numerics != "exact" else None,
@@ -67,7 +68,7 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
         cut=Cut(s.cut),
         numerics=s.numerics,
         tensor=given.tensor if isinstance(given, Strategy) else base.tensor,
-        reduce=given.reduce if isinstance(given, Strategy) else base.reduce,
+        reduce=s.reduce,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +61,7 @@ def train(wrap: Callable[[nn.Module], nn.Module], make: Make, kind: str) -> Any:
         box = [state]
         dist.broadcast_object_list(box, 1)
     again = make(groups(model), getattr(torch.optim, kind), lr=0.3)
-    again.load_state_dict(box[0])
+    again.load_state_dict(copy.deepcopy(box[0]))  # torch's writes into what it is given
     steps(model, again, rank, 5, 1)
     rates = [g["lr"] for g in again.param_groups]
     return dict(model.module.state_dict()), state, rates

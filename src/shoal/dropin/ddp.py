@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shoal.comm.meet import Meeting
 from shoal.dropin.events import Event, Events, Told
 from shoal.dropin.mean import CAP, Averager, Hook, spread_all
-from shoal.dropin.strays import digest
+from shoal.dropin.strays import digest, power_of_eight
 from shoal.dropin.world import world
 from shoal.engine.autograd import at_end_of_backward, graph_task
 from shoal.engine.precision import each_tensor, tensors
@@ -163,10 +163,7 @@ class DistributedDataParallel(nn.Module):
 
     def _looks_at_state(self) -> bool:
         """After the first step, and at every eightfold: comparing costs a pass over all parameters."""
-        count = self._steps - 1
-        while count > 1 and count % 8 == 0:
-            count //= 8
-        return count == 1
+        return power_of_eight(self._steps - 1)
 
     def _exchange(self, told: Sequence[Told]) -> None:
         bits = 0

@@ -83,10 +83,13 @@ class Averager:
         group: the ranks.
         params: those that are trained, the same ones on all ranks.
         cap: MiB of a bucket.
+        wire: the dtype in which floating gradients travel and are summed; None: their own.
     """
 
-    def __init__(self, group: Group, params: Sequence[nn.Parameter], cap: float = CAP) -> None:
-        self.group, self.params, self.pool = group, list(params), Pool()
+    def __init__(
+        self, group: Group, params: Sequence[nn.Parameter], cap: float = CAP, wire: torch.dtype | None = None
+    ) -> None:  # fmt: skip
+        self.group, self.params, self.pool, self.wire = group, list(params), Pool(), wire
         self.buckets = cut_into_buckets(self.params, cap)
 
     def average(
@@ -123,7 +126,8 @@ class Averager:
 
     def _flatten(self, places: Sequence[int], *, present: bool) -> Tensor:
         parts = [self.params[i] for i in places]
-        flat = torch.zeros(sum(p.numel() for p in parts), dtype=parts[0].dtype, device=parts[0].device)
+        dtype = self.wire if self.wire is not None and parts[0].is_floating_point() else parts[0].dtype
+        flat = torch.zeros(sum(p.numel() for p in parts), dtype=dtype, device=parts[0].device)
         if present:
             for p, view in zip(parts, torch.split(flat, [p.numel() for p in parts]), strict=True):
                 if p.grad is not None:

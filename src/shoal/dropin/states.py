@@ -20,7 +20,7 @@ def collect(group: Group, mine: State, to: int) -> State:
     """All ranks' states on rank `to`, tensors on the CPU; nothing elsewhere. Collective.
 
     Raises:
-        OptimizerError: state that is neither a tensor nor a number, a string, a bool or None.
+        OptimizerError: state that is neither a tensor nor numbers, a string, a bool or None.
     """
     head, data = packed(mine)
     heads = [cast("list[list[object]]", json.loads(h)) for h in group.share_any("state", json.dumps(head).encode())]
@@ -48,12 +48,20 @@ def packed(state: Mapping[int, Mapping[str, object]]) -> tuple[list[list[object]
                 parts.append(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
             elif value is None or isinstance(value, (bool, int, float, str)):
                 head.append([number, key, value])
+            elif isinstance(value, (list, tuple)) and all(
+                isinstance(v, (bool, int, float)) for v in _each(cast(object, value))
+            ):
+                head.append([number, key, _each(cast(object, value))])
             else:
                 raise OptimizerError(
-                    f"state '{key}' is a {type(value).__name__}, which cannot be sent",
+                    f"state '{key}' is a {type(cast(object, value)).__name__}, which cannot be sent",
                     remedy="tensors, numbers, strings and None in the optimizer's state",
                 )
     return head, torch.cat(parts)
+
+
+def _each(values: object) -> list[object]:
+    return list(cast("list[object]", values))
 
 
 def unpacked(head: list[list[object]], data: Tensor) -> State:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,13 +20,23 @@ _hooked: list[object] = []
 _ours: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def ours(optimizer: Optimizer) -> None:
-    """This one updates a part of the parameters, which shoal sends on."""
-    _ours.add(optimizer)
+def ours(*optimizers: Optimizer) -> None:
+    """These update what shoal sends on."""
+    _ours.update(optimizers)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is kept of an optimizer, which may be gone when ranks compare. `at`: the step of the digest."""
+
+    name: str
+    steps: int = 0
+    at: int = 0
+    digest: bytes = bytes(8)
 
 
 class Strays:
-    """Remembers which optimizers have stepped on this rank.
+    """Remembers which optimizers have stepped on this rank, and what their parameters were then.
 
     Args:
         group: the ranks to compare with.
@@ -33,36 +44,48 @@ class Strays:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.seen: dict[int, tuple[weakref.ref[Optimizer], int]] = {}
+        self.records: list[Record] = []
+        self.of: weakref.WeakKeyDictionary[Optimizer, Record] = weakref.WeakKeyDictionary()
         if group.size > 1:
             if not _hooked:
                 _hooked.append(register_optimizer_step_post_hook(_stepped))
             _watching.set(self)
 
     def note(self, optimizer: Optimizer) -> None:
-        _, steps = self.seen.get(id(optimizer), (None, 0))
-        self.seen[id(optimizer)] = (weakref.ref(optimizer), steps + 1)
+        """It has stepped. Parameters are looked at after steps 1, 8, 64, ...: that costs a pass over them."""
+        if optimizer not in self.of:
+            self.of[optimizer] = Record(type(optimizer).__name__)
+            self.records.append(self.of[optimizer])
+        record = self.of[optimizer]
+        record.steps += 1
+        if power_of_eight(record.steps):
+            record.at = record.steps
+            record.digest = digest(p for g in optimizer.param_groups for p in g["params"])
 
-    def tell(self, warn: Callable[[str], None], known: Collection[Optimizer] = ()) -> None:
-        """Compare over ranks, and warn where they differ. Collective.
-
-        Args:
-            known: optimizers whose parameters are shoal's, and not compared.
-        """
+    def tell(self, warn: Callable[[str], None]) -> None:
+        """Compare over ranks, and warn where they differ. Collective."""
         if _watching.get() is self:
             _watching.set(None)
         if self.group.size == 1:
             return
-        found = [(o, steps) for ref, steps in self.seen.values() if (o := ref()) is not None and o not in known]
-        mine = b"".join(digest(p for g in o.param_groups for p in g["params"]) for o, _ in found)
+        mine = b"".join(r.at.to_bytes(8, "little") + r.digest for r in self.records)
         told = self.group.share_any("strays", mine)
-        if len(set(told)) == 1 or not all(told):
+        if len(set(told)) == 1 or len({len(t) for t in told}) > 1:  # what only some ranks update is no replica
             return
-        name, steps = (type(found[0][0]).__name__, found[0][1]) if found else ("an optimizer", 0)
+        size = len(mine) // len(self.records)
+        cuts = range(0, len(mine), size)
+        record = next(r for r, a in zip(self.records, cuts, strict=True) if len({t[a : a + size] for t in told}) > 1)
         warn(
-            f"replicas drifted apart: after {steps} steps of {name} the ranks' parameters differ, for nothing sent "
-            "their gradients; job.prepare(model, optimizer), or shoal.DistributedDataParallel(model), does"
+            f"replicas drifted apart: after {record.at} steps of {record.name} the ranks' parameters differ, for "
+            "nothing sent their gradients; job.prepare(model, optimizer), or shoal.DistributedDataParallel(model), does"
         )
+
+
+def power_of_eight(count: int) -> bool:
+    """1, 8, 64, ..."""
+    while count > 1 and count % 8 == 0:
+        count //= 8
+    return count == 1
 
 
 def _stepped(optimizer: Optimizer, _args: object, _kwargs: object) -> None:

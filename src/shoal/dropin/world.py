@@ -13,6 +13,7 @@ import torch.distributed as dist
 from shoal.comm.group import LAST_DOING, Carrier, Group, current, latest
 from shoal.dropin.strays import Strays
 from shoal.errors import EnvironmentFault, OrderError
+from shoal.launch.place import find_place
 from shoal.logs import say, warn
 from shoal.start import Seat, find_carrier, settle_settings, tell_of_failure
 
@@ -44,6 +45,12 @@ class World:
     @property
     def size(self) -> int:
         return self.carrier.size
+
+    @property
+    def local_rank(self) -> int:
+        """Among the ranks of this host."""
+        place = find_place(os.environ) if self.seat.own_process and "RANK" in os.environ else None
+        return self.rank % self.seat.local_world if place is None else place.local_rank
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Some ranks under a name of their own. All of the program's ranks make the same groups in the same order."""
