@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 
 from shoal.comm import threads
 from shoal.dropin.world import known
-from shoal.errors import PeerError, SettingError
+from shoal.errors import PeerError, PeerLost, SettingError
 from shoal.launch.worker import die_with
 
 T = TypeVar("T")
@@ -153,8 +153,11 @@ def _results(links: dict[Connection, int], workers: list[BaseProcess]) -> list[o
                 fine, value = pickle.loads(link.recv_bytes())
             except EOFError:
                 workers[rank].join()
-                text = f"worker {rank} ended with exit code {workers[rank].exitcode} and without a word"
-                failures.append((False, rank, RuntimeError(text)))
+                lost = PeerLost(
+                    f"worker {rank} ended with exit code {workers[rank].exitcode} and without a word",
+                    remedy=f'what it printed last; workers="{THREADS}{len(workers)}" with a debugger',
+                )
+                failures.append((False, rank, lost))
                 continue
             if fine:
                 found[rank] = value
