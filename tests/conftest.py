@@ -18,6 +18,7 @@ PROCESSES = (
     "benchmarks",
     "cli",
     "doctor",
+    "dropin",
     "examples",
     "faults",
     "gpu",
@@ -25,7 +26,10 @@ PROCESSES = (
     "processes",
     "system",
     "test_docs.py",
+    "test_notebook.py",
     "test_pool.py",
+    "test_spawn.py",
+    "tutorials",
 )
 """Tests that start processes: one after the other, beside those that do not."""
 

@@ -26,7 +26,7 @@ def blocks_of(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_runs(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(blocks_of(page.read_text())):
         script = tmp_path / f"block{number}.py"

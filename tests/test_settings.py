@@ -33,6 +33,7 @@ TEXTS = {
     "ranks_per_copy": ("host", "host"),
     "twig": ("2", 2),
     "precision": ("bfloat16", "bfloat16"),
+    "reduce": ("bfloat16", "bfloat16"),
     "masters": ("false", False),
     "cut": ("parameter", "parameter"),
     "numerics": ("fast", "fast"),
@@ -92,6 +93,7 @@ def test_table_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         "ranks_per_copy  -        default",
         "twig            1        default",
         "precision       float32  default",
+        "reduce          float32  default",
         "masters         true     default",
         "cut             even     default",
         "numerics        exact    default",
@@ -192,3 +194,42 @@ def test_what_a_mistake_reads_like(name: str, tmp_path: Path) -> None:
         resolve(code, environ=environ, cwd=tmp_path)
     assert str(caught.value).startswith(text)
     assert caught.value.exit_code == 2
+
+
+# -------------------------------------------------------------------- mixed_precision.*, another spelling
+
+
+@pytest.mark.parametrize(
+    ("text", "precision", "reduce"),
+    [
+        ("mixed_precision.enabled = true", "bfloat16", "float32"),
+        ("mixed_precision.enabled = true\nmixed_precision.allreduce_friendly = true", "bfloat16", "bfloat16"),
+        ("[job.mixed_precision]\nenabled = true\nallreduce_friendly = false", "bfloat16", "float32"),
+        ("mixed_precision.enabled = false", "float32", "float32"),
+        ("precision = 'bfloat16'\nmixed_precision.enabled = true", "bfloat16", "float32"),
+    ],
+)
+def test_mixed_precision(text: str, precision: str, reduce: str, tmp_path: Path) -> None:
+    (tmp_path / "shoal.toml").write_text(f"version = 1\n[job]\n{text}\n")
+    resolved = resolve({}, environ={}, cwd=tmp_path)
+    assert (resolved.settings.precision, resolved.settings.reduce) == (precision, reduce)
+    assert resolved.origins["precision"] == ("shoal.toml" if precision != "float32" else "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mixed_precision = true", r"is True, not a table[\s\S]*mixed_precision.enabled = true under \[job\]"),
+        ("mixed_precision.enable = true", r"unknown 'mixed_precision.enable'[\s\S]*did you mean 'enabled'"),
+        ("mixed_precision.enabled = 1", r"mixed_precision.enabled=1 \(shoal.toml\) does not fit[\s\S]*true or false"),
+        ("mixed_precision.allreduce_friendly = true", r"without mixed_precision.enabled[\s\S]*enabled = true"),
+        (
+            "precision = 'float16'\nmixed_precision.enabled = true",
+            r"precision='float16' contradicts mixed_precision.enabled in shoal.toml[\s\S]*one of the two",
+        ),
+    ],
+)
+def test_mixed_precision_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "shoal.toml").write_text(f"version = 1\n[job]\n{text}\n")
+    with pytest.raises(SettingError, match=said):
+        resolve({}, environ={}, cwd=tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -22,25 +21,26 @@ from shoal import export, resume
 from shoal.average import Average
 from shoal.checkpoint import check_keep, keep_newest
 from shoal.collectives import Collectives
-from shoal.comm.group import Carrier, current
+from shoal.comm.group import Carrier, current, latest
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
 from shoal.data.micro import check_count, end_leaf, micro_steps
-from shoal.engine import holding, setup
+from shoal.dropin.strays import Strays, ours
+from shoal.engine import habits, holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
 from shoal.engine.ledger import Memory
 from shoal.errors import OrderError, SettingError
 from shoal.launch.rundir import RunDir, open_run_dir
-from shoal.logs import say
+from shoal.logs import say, warn
 from shoal.plain import PlainJob
 from shoal.random import seed as set_seed
 from shoal.rules import rules
 from shoal.settings import Resolved
-from shoal.start import Seat, find_carrier, settle_settings, strategy_of
+from shoal.start import Seat, find_carrier, settle_settings, strategy_of, tell_of_failure
 from shoal.strategy import Strategy
 from shoal.trace import By, Trace, Traced
 from shoal.tracked import Tracked
@@ -147,6 +147,8 @@ class Job(Verbs):
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._closed = False
         self._resumed: Path | None = None
+        self._strays = Strays(self._mesh.world)
+        latest.set(carrier)
         self._trace = Trace.asked(os.environ if place.own_process else {})
         self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
@@ -155,7 +157,7 @@ class Job(Verbs):
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(s.threads)
         self.run_dir: RunDir | None = open_run_dir(resolved) if carrier.rank == 0 and place.own_process else None
-        self._restore_hook = _tell_of_failure(carrier) if place.own_process else lambda: None
+        self._restore_hook = tell_of_failure(carrier) if place.own_process else lambda: None
         if place.own_process:
             atexit.register(self.close)
         self._tracked = Tracked(self._say)
@@ -281,6 +283,7 @@ class Job(Verbs):
             prefix=f"{name}/" if name else "",
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)
+        ours(*optimizers)
         self._wanted[name], binding.on_step = wanted, self._steps
         self._feed.bind(binding.engine)
         results: list[object] = [model, optimizer]
@@ -388,6 +391,29 @@ class Job(Verbs):
             not the step's last, where nothing happens.
         """
         return self._find(model).clip_grad_norm(max_norm)
+
+    def clip_grad_value(self, limit: float, *, model: nn.Module | None = None) -> bool | None:
+        """Clamp every element of the step's gradients to -limit..limit, as torch's `clip_grad_value_` does.
+
+        Args:
+            limit: the largest magnitude afterwards, at least 0.
+            model: whose gradients; None: the only one's.
+
+        Returns:
+            True on a step's last leaf; None on the others, where nothing happens.
+        """
+        return habits.clip_values(self._find(model), limit)
+
+    def gradients(self, model: nn.Module | None = None) -> AbstractContextManager[bool]:
+        """Inside, every `p.grad` is the step's gradient, whole, to read. Between backward and step. Collective.
+
+        The context gives True on a step's last leaf, and False on the others, where gradients are not known yet.
+        What is written to them is dropped. Memory: one whole gradient.
+
+        Args:
+            model: whose; None: the only one's.
+        """
+        return habits.whole_gradients(self._find(model))
 
     def loss_scale(self, model: nn.Module | None = None) -> float:
         """What float16 losses are multiplied with for backward; 1 in other precisions."""
@@ -555,6 +581,7 @@ class Job(Verbs):
                 for binding in self._bindings.values():
                     binding.engine.updates.flush()
                 self._meeting.meet(Want.CLOSE)
+                self._strays.tell(self._warn)
                 self.event("close", step=self.step)
         except BaseException as error:
             self._carrier.fail(f"{type(error).__name__}: {error}")
@@ -602,6 +629,10 @@ class Job(Verbs):
     def _say(self, text: str) -> None:
         if self.rank == 0:
             say(text)
+
+    def _warn(self, text: str) -> None:
+        if self.rank == 0:
+            warn(text)
 
     def _share(self, data: bytes) -> list[bytes]:
         return self._mesh.world.share_any("file", data)
@@ -657,20 +688,3 @@ def _default_device(carrier: Carrier) -> str:
         return "cpu"
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return str(found) if found is not None else "cpu"
-
-
-def _tell_of_failure(carrier: Carrier) -> Callable[[], None]:
-    """Let the other ranks know why this one dies of an exception. Returns what puts the old hook back."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
-        carrier.fail(f"{kind.__name__}: {error}")
-
-    sys.excepthook = hook
-
-    def restore() -> None:
-        if sys.excepthook is hook:
-            sys.excepthook = before
-
-    return restore

@@ -30,6 +30,7 @@ class Settings(BaseModel):
     )
     twig: int = Field(1, ge=1, description="neighbouring leaves added in place before the tree, at least 1")
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what is computed in")
+    reduce: Literal["float32", "bfloat16"] = Field("float32", description="what gradients travel and are summed in")
     masters: bool = Field(True, description="true or false: whether bfloat16 has float32 masters")
     cut: Literal["even", "parameter"] = Field("even", description="where shards may end")
     numerics: Literal["exact", "fast"] = Field("exact", description="whose sums: exact, or fast (the backend's)")
@@ -130,7 +131,43 @@ def _file(environ: Mapping[str, str], cwd: Path) -> _Source:
         raise SettingError(f"{shown} has {said}", remedy=f"version = {VERSION} as its first line")
     if not isinstance(job, dict):
         raise SettingError(f"job in {shown} is {job!r}, not a table", remedy="[job], then a line for each setting")
-    return _Source(cast("dict[str, object]", job), lambda _name: shown)
+    return _Source(_spelled_out(cast("dict[str, object]", job), shown), lambda _name: shown)
+
+
+_MIXED = {"enabled": "precision", "allreduce_friendly": "reduce"}
+"""`mixed_precision.enabled` computes in bfloat16; `.allreduce_friendly` reduces in the dtype that is computed in."""
+
+
+def _spelled_out(job: dict[str, object], shown: str) -> dict[str, object]:
+    """The same with `mixed_precision.*` as the settings that it stands for."""
+    mixed = job.get("mixed_precision")
+    if mixed is None:
+        return job
+    job = {name: value for name, value in job.items() if name != "mixed_precision"}
+    if not isinstance(mixed, dict):
+        raise SettingError(
+            f"mixed_precision in {shown} is {mixed!r}, not a table", remedy="mixed_precision.enabled = true under [job]"
+        )
+    asked = cast("dict[str, object]", mixed)
+    for name, value in asked.items():
+        _known(name, _MIXED, f"'mixed_precision.{name}' in {shown}")
+        if not isinstance(value, bool):
+            raise SettingError(f"mixed_precision.{name}={value!r} ({shown}) does not fit", remedy="true or false")
+    if not asked.get("enabled"):
+        if asked.get("allreduce_friendly"):
+            raise SettingError(
+                f"mixed_precision.allreduce_friendly in {shown} without mixed_precision.enabled",
+                cause="gradients travel in the dtype that is computed in, which is float32 then",
+                remedy="mixed_precision.enabled = true",
+            )
+        return job
+    for name, setting in _MIXED.items():
+        if asked.get(name) and job.setdefault(setting, "bfloat16") != "bfloat16":
+            raise SettingError(
+                f"{setting}={job[setting]!r} contradicts mixed_precision.{name} in {shown}, which says bfloat16",
+                remedy=f"one of the two: {setting} under [job], or mixed_precision.{name}",
+            )
+    return job
 
 
 def _environment(environ: Mapping[str, str]) -> _Source:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 from shoal.comm.group import Carrier, current
 from shoal.comm.host import join_host
@@ -35,6 +37,7 @@ def settle_settings(strategy: str | Strategy | None, given: Mapping[str, object]
         own = {
             "strategy": strategy.name, "leaves": strategy.leaves, "ranks_per_copy": strategy.ranks_per_copy,
             "precision": strategy.precision if strategy.precision != "float32" else None,
+            "reduce": strategy.reduce if strategy.reduce != "float32" else None,
             "twig": strategy.twig if strategy.twig != 1 else None,
             "masters": False if not strategy.masters else None,
             "numerics": strategy.numerics if strategy.numerics != "exact" else None,
@@ -66,12 +69,13 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
         cut=Cut(s.cut),
         numerics=s.numerics,
         tensor=given.tensor if isinstance(given, Strategy) else base.tensor,
-        reduce=given.reduce if isinstance(given, Strategy) else base.reduce,
+        reduce=s.reduce,
     )
 
 
 def find_carrier(
-    timeout: float, name: str = "auto", device: str | None = None, interface: str | None = None
+    timeout: float, name: str = "auto", device: str | None = None, interface: str | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> tuple[Carrier, Seat]:  # fmt: skip
     """This rank's place and what connects it to the others.
 
@@ -81,12 +85,13 @@ def find_carrier(
             can be had, and NCCL for accelerators.
         device: where this rank's model will be; None: the host.
         interface: names of the network interfaces to use together; None: the one that leads to the others.
+        environ: where the place is looked for.
     """
     given = current.get()
     if given is not None:
         hosts = given.levels.hosts
         return given, Seat(hosts.count(hosts[given.rank]), own_process=False)
-    place = find_place(os.environ)
+    place = find_place(environ)
     if place is None:
         return Alone(), Seat(1, own_process=True)
     seat = Seat(place.local_world, own_process=True)
@@ -104,3 +109,20 @@ def find_carrier(
         lives = Gloo(address, timeout=timeout, report=warn)
         host = lives if name == "gloo" else join_host(lives, wanted=name == "shared")
     return over_devices(host, lives, here, name, address, timeout), seat
+
+
+def tell_of_failure(carrier: Carrier) -> Callable[[], None]:
+    """Let the other ranks know why this one dies of an exception. Returns what puts the old hook back."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        carrier.fail(f"{kind.__name__}: {error}")
+
+    sys.excepthook = hook
+
+    def restore() -> None:
+        if sys.excepthook is hook:
+            sys.excepthook = before
+
+    return restore

@@ -189,6 +189,9 @@ class Carrier(Protocol):
 current: ContextVar[Carrier | None] = ContextVar("shoal_carrier", default=None)
 """What `shoal.init` uses in this context instead of looking for a place: a rank that is a thread, or a dry run."""
 
+latest: ContextVar[Carrier | None] = ContextVar("shoal_latest", default=None)
+"""Of the job that this rank has made last: what has no job as an argument goes over it (`shoal.dropin`)."""
+
 
 class Done:
     """Nothing to wait for any more."""

@@ -32,6 +32,7 @@ class Want(IntEnum):
     LOADER = 13
     CLOSE = 14
     ASIDE = 15  # what a model did for another one's sake is over
+    GRADIENTS = 16
     REDUCE_VALUES = 40
     GATHER_VALUES = 41
     BROADCAST = 42
@@ -57,6 +58,7 @@ _WORDS = {
     Want.LOADER: "starts a loader with fingerprint {}",
     Want.CLOSE: LAST_DOING,
     Want.ASIDE: "goes on after step {}",
+    Want.GRADIENTS: "is in job.gradients of step {}",
     Want.REDUCE_VALUES: "is in job.reduce",
     Want.GATHER_VALUES: "is in job.gather",
     Want.BROADCAST: "is in job.broadcast",

@@ -47,6 +47,7 @@ class LeafFeed:
         self.acted, self.opened = False, False
         self.handed: Handed | None = None
         self.more = 0  # batches of the leaf under way after its first
+        self.batches = 0  # handed out in this loop since a leaf ended: before its forward too
         self.loop: Loop | None = None
         self.after_step: Callable[[], None] = lambda: None  # called between steps, on all ranks
 
@@ -93,6 +94,7 @@ class LeafFeed:
             engine.before_open()
         self._advance()
         self.handed = handed
+        self.batches += 1
         self.means.begin(handed)
         for engine in self.engines:
             engine.coming = LeafInfo(handed.leaf, handed.weight, handed.turns.present, handed.turns.summed)
@@ -109,6 +111,7 @@ class LeafFeed:
         self.acted |= acted
         if len(self.stepped) == len(self.engines):
             self._advance()
+            self.batches = 0
         else:
             engine.rest()
 
@@ -125,7 +128,7 @@ class LeafFeed:
 
     def begin(self) -> Loop:
         """A loop over batches begins, perhaps inside another."""
-        self.loop = Loop(self)
+        self.loop, self.batches = Loop(self), 0
         self.means = Means(self.means.meeting)
         return self.loop
 
@@ -146,16 +149,19 @@ class LeafFeed:
         self.mesh.world.carrier.note(f"has done step {self.step - 1}")
         set_seed(self.seed, self.step)
         if self.say is not None and self.handed is not None:
-            self.say(self._what_a_leaf_is(self.more + 1))
+            self.say(self._what_a_leaf_is(max(self.batches, self.more + 1), self.handed.samples))
             self.say = None
 
-    def _what_a_leaf_is(self, batches: int) -> str:
+    def _what_a_leaf_is(self, batches: int, samples: int) -> str:
+        """Which meaning holds, with the arithmetic of a step's batch."""
+        several = f"{batches} x " if batches > 1 else ""
+        sum_ = f": {self.leaves} x {several}{samples} samples" if samples else ""
         bits = "bits" if self.strategy.numerics == "exact" else "numbers but for rounding"
         if batches == 1:
-            return f"a leaf is one batch of the loader, {self.leaves} a step: the same {bits} at any world size"
+            return f"a leaf is one batch of the loader, {self.leaves} a step{sum_}; the same {bits} at any world size"
         return (
-            f"a leaf is the {batches} batches between two calls of optimizer.step(), {self.leaves} a step: the same "
-            f"{bits} at this world size only; for any, leaves= and step() after every batch"
+            f"a leaf is the {batches} batches between two calls of optimizer.step(), {self.leaves} a step{sum_}; "
+            f"the same {bits} at this world size only; for any, leaves= and step() after every batch"
         )
 
     def _leaf_opens(self, engine: Engine, leaf: Leaf) -> None:

@@ -46,12 +46,16 @@ class Feed(Protocol):
 
 
 class Handed(NamedTuple):
-    """Which leaf a batch is. `leaf` None: real data, so that user code runs, but nobody needs its gradient."""
+    """Which leaf a batch is. `leaf` None: real data, so that user code runs, but nobody needs its gradient.
+
+    `samples`: of a full batch; 0: not known.
+    """
 
     leaf: int | None
     weight: float
     turn: int
     turns: Turns
+    samples: int = 0
 
 
 class LeafBatch(NamedTuple):
@@ -116,9 +120,9 @@ class Loader(Generic[T_co]):
             for turn in range(turns.run_by(self.feed.cell)):
                 leaf = turns.leaf(self.feed.cell, turn)
                 batch = leaves[leaf or 0]
-                found.append(
-                    (number, Handed(leaf, batch.weight if leaf is not None else 0.0, turn, turns), batch.indices)
-                )
+                full = round(len(batch.indices) / batch.weight) if batch.weight else 0
+                weight = batch.weight if leaf is not None else 0.0
+                found.append((number, Handed(leaf, weight, turn, turns, full), batch.indices))
         return found
 
     def position(self) -> dict[str, int]:

@@ -61,15 +61,27 @@ class AwayGrad(Tensor):
         _refuse(args)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"<gradient of '{self.param_name}': held by shoal until the step; see job.clip_grad_norm>"
+        return f"<gradient of '{self.param_name}': held by shoal until the step; see job.gradients>"
 
 
-def _called_from(module: str) -> bool:
+_READ = "with job.gradients(): ... shows every p.grad whole, to read; job.clip_grad_norm(max_norm) returns their norm"
+_CLIP = "torch.nn.utils.clip_grad"
+_INSTEAD = {
+    (_CLIP, "clip_grad_value_"): "job.clip_grad_value(limit) in its place",
+    (_CLIP, ""): "job.clip_grad_norm(max_norm) in its place clips and returns the true global norm",
+    ("torch.nn.modules.module", "zero_grad"): "optimizer.zero_grad(), or model.zero_grad() as it is by default",
+}
+"""The line to write instead, by the module and function that touched a gradient."""
+
+
+def _called_from(module: str, function: str = "") -> bool:
     """Is code of that module under way?"""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__") != module:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module and function in ("", frame.f_code.co_name):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def _refuse(args: Sequence[object]) -> NoReturn:
@@ -86,5 +98,5 @@ def _refuse(args: Sequence[object]) -> NoReturn:
     raise AwayError(
         f"the gradient of '{name}' is not a whole tensor of this rank",
         cause="shoal sums gradients over all leaves of a step and hands each rank what it updates",
-        remedy="job.clip_grad_norm(max_norm) clips and returns the true global norm",
+        remedy=next((line for where, line in _INSTEAD.items() if _called_from(*where)), _READ),
     )

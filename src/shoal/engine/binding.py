@@ -182,7 +182,7 @@ class Binding:
         norm = self.norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh)
         scale = min(max_norm / (norm + 1e-6), 1.0)  # in this order NaN stays NaN, as in torch
         if scale != 1.0:
-            engine.gradients.multiply(scale)
+            engine.gradients.change(lambda part: part.mul_(scale))
         return norm
 
     def _norms(self, values: Mapping[Tensor, Sequence[Tensor]]) -> dict[Tensor, list[float]]:

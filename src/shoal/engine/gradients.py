@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -368,8 +368,8 @@ class Gradients:
                 grad = mean.between(at, at + p.numel).view(piece.shape)
                 piece.grad = grad.clone() if apart and mean.common is not None else grad.to(piece.dtype)
 
-    def multiply(self, factor: float) -> None:
-        """All gradients that were handed out. Collective."""
+    def change(self, change: Callable[[Tensor], object]) -> None:
+        """All gradients that were handed out, in place and element by element. Collective."""
         together = [m for m in self.results.values() if m.common is not None and self.in_common]
         parts = [t for mean in together for t in mean.own]  # every rank its own, when nobody reads them
         for unit in self.units:
@@ -378,7 +378,7 @@ class Gradients:
         _meet_in(together)
         with torch.no_grad():
             for part in parts:
-                part.mul_(factor)
+                change(part)
         _meet_in(together)
 
     def forget(self, unit: Unit) -> None:

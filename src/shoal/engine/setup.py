@@ -25,6 +25,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.fast import axes_of
 from shoal.engine.fill import Fill, Filler
 from shoal.engine.guards import Uncopied, bring_up_to_date, guard_model, guard_optimizer
+from shoal.engine.habits import Names
 from shoal.engine.hooks import install
 from shoal.engine.precision import compute_dtype, keepers, kept
 from shoal.engine.scale import LossScale
@@ -106,7 +107,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     if w.compile is not False:
         options = dict[str, object]() if w.compile is True else w.compile
         handles += compile_blocks(units, options, w.mesh.world.carrier)
-    binding.handles += [*handles, Uncopied(engine, handles)]
+    binding.handles += [*handles, Uncopied(engine, handles), Names(model)]
     return binding
 
 
