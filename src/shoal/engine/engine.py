@@ -18,8 +18,9 @@ from shoal.engine.fast import Axes
 from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf, LeafInfo
 from shoal.engine.presence import Presence, shares
+from shoal.engine.residence import Residence, Room
 from shoal.engine.scale import LossScale, Overflow
-from shoal.engine.schedule import Act, Cursor, Plan, Record, fullest, make_plan
+from shoal.engine.schedule import Act, Cursor, Record, fullest, in_order
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around, together
@@ -63,7 +64,9 @@ class Engine:
         self.updates = Updates(self.gradients, self._renew)
         self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
         self.set_leaves(assignment, leaves, twig)
-        self.plan: Plan | None = None
+        self.plan: Residence | None = None
+        self.budgeted = False
+        self.room: Callable[[], Room | None] = lambda: None  # for wholes, where there is a budget
         self.expected = Counter[int]()
         self.coming: LeafInfo | None = None
         self.steps, self.turn, self.turns_done = 0, 0, 0
@@ -117,6 +120,11 @@ class Engine:
         return self.presence.leased
 
     @property
+    def sizes(self) -> dict[int, int]:
+        """Bytes that every unit takes while it is whole, beyond what rests."""
+        return {u.index: 0 if u.resident or u.common else u.numel * u.dtypes.compute.itemsize for u in self.units}
+
+    @property
     def recording(self) -> bool:
         """Is a leaf under way that follows no plan?"""
         return self.leaf is not None and self.leaf.cursor is None
@@ -157,9 +165,13 @@ class Engine:
     def _open(self, number: int | None, weight: float) -> None:
         if self.gathers:
             self._meet(Want.LEAF, self.turns_done)
-        entries = [e for e in self.plan or () if e.act is Act.GATHER or self.turns.reduces(self.turn)]
-        cursor = Cursor(tuple(entries)) if self.plan is not None else None
-        self.leaf = Leaf(number, weight, self.turn, self.turns_done, cursor)
+        self.leaf = Leaf(number, weight, self.turn, self.turns_done, None)
+        if self.plan is not None:
+            after = self.turn < self.turns.count - 1
+            course = self.plan.course(before=bool(self.presence.carried), after=after)
+            reduces = self.turns.reduces(self.turn)
+            self.leaf.cursor = Cursor(tuple(e for e in course.entries if reduces or e.act is Act.GATHER))
+            self.presence.begin(self.leaf, course)
 
     def _meet(self, want: Want, number: int, payload: bytes = b"") -> list[bytes]:
         return self.meeting.meet(want, number, payload, model=self.number)
@@ -237,12 +249,11 @@ class Engine:
             self.gradients.check_kept(unit, leaf)
             self.gradients.take(unit, leaf)
         if leaf.cursor is not None:
-            while self.presence.advance():
-                pass
+            self.presence.drain(leaf)
         elif self.turns.reduces(self.turn):
             for unit in trainable:
                 self.gradients.start(unit, leaf)
-        self.presence.free_all()
+        self.presence.free_all(leaf.stay)
         if self.plan is None and self.overlap:
             self._make_plan(leaf)
         if leaf.number is not None:
@@ -256,10 +267,27 @@ class Engine:
         self.updates.order = list(dict.fromkeys(leaf.entered))
         told = self.mesh.world.share_any("plan", leaf.record.to_json())
         record = fullest([Record.from_json(data) for data in told])
-        if +record.times:  # otherwise nobody has run a backward: the next leaf will tell
-            reduced = {u.index for u in self.units if u.trainable}
-            self.plan = make_plan(record, around(self.units), reduced, together(self.units))
-            self.expected = record.times
+        if not +record.times:  # nobody has run a backward: the next leaf will tell
+            return
+        reduced = {u.index for u in self.units if u.trainable}
+        events = in_order(record, around(self.units), reduced, together(self.units))
+        sizes, room = self._agreed()
+        self.plan = Residence(events=events, sizes=sizes, room=room, carry=not self.all_turns)
+        self.presence.residence, self.expected = self.plan, record.times
+        if room is not None:
+            self.say(str(self.plan))
+
+    def _agreed(self) -> tuple[dict[int, int], Room | None]:
+        """What units take while they are whole, and the room for that, as seen by the rank that has least."""
+        sizes, room = self.sizes, self.room()
+        if not self.gathers:
+            return sizes, None
+        mine = [*sizes.values(), *(-n for n in room or ())]
+        form = struct.Struct(f"<{len(mine)}q")
+        told = [form.unpack(data) for data in self.mesh.world.share("plan", form.pack(*mine))]
+        worst = [max(seen) for seen in zip(*told, strict=True)]
+        agreed = dict(zip(sizes, worst[: len(sizes)], strict=True))
+        return agreed, Room(*(-n for n in worst[len(sizes) :])) if room else None
 
     def vote(self) -> None:
         """End the step: all leaves of all ranks are in, and ranks know what to update. Done once a step."""

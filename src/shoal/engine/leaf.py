@@ -34,6 +34,7 @@ class Leaf:
     turn: int
     serial: int
     cursor: Cursor | None
+    stay: frozenset[int] = frozenset()  # units that are kept for the next leaf
     record: Record = field(default_factory=Record)
     entered: list[int] = field(default_factory=list[int])  # units in the order of the forward, in a leaf without a plan
     fresh: set[int] = field(default_factory=set[int])  # units that got gradients since they were last complete

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import cast
 
@@ -19,6 +20,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine import optim
 from shoal.engine.binding import Binding
+from shoal.engine.budget import Budget
 from shoal.engine.cells import local
 from shoal.engine.compiling import check_uncompiled, compile_blocks
 from shoal.engine.engine import Engine
@@ -58,9 +60,11 @@ class Wanted:
     facts: Mapping[str, object]
     say: Callable[[str], None]
     ended: Callable[[Engine, bool], None]
+    budget: Budget
     number: int = 0
     first: int = 0
     prefix: str = ""
+    layerwise: bool = False
 
 
 def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Binding:
@@ -94,6 +98,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     )  # fmt: skip
     engine.say = w.say
     engine.gradients.gated = w.pending
+    engine.budgeted, engine.room = w.budget.limit is not None, partial(w.budget.room, w.number)
     handles = install(engine, compute_dtype(s), kept(model, w.float32))
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
