@@ -235,6 +235,7 @@ class Binding:
         engine.updates.flush()
         engine.meeting.meet(Want.WHOLE, int(write), model=engine.number)
         carrier = engine.mesh.world.carrier
+        engine.presence.free_all()  # what stays between two leaves: the next one gathers it again
         for unit in engine.units:
             unit.lend()
         engine.presence.leased = True

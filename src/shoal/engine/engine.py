@@ -272,7 +272,7 @@ class Engine:
         reduced = {u.index for u in self.units if u.trainable}
         events = in_order(record, around(self.units), reduced, together(self.units))
         sizes, room = self._agreed()
-        self.plan = Residence(events=events, sizes=sizes, room=room, carry=not self.all_turns)
+        self.plan = Residence(events=events, sizes=sizes, room=room, carry=self.turns.count > 1 and not self.all_turns)
         self.presence.residence, self.expected = self.plan, record.times
         if room is not None:
             self.say(str(self.plan))

@@ -99,13 +99,13 @@ def plan_of(binding: Binding) -> Plan:
     waiting = pending(twigs, _twigs(engine.assignment, engine.twig), mesh.shard.size, every_leaf=engine.every_leaf)
     units, residence = bill_of(binding), engine.plan
     whole = sum(u.gathered for u in units)
-    two = 2 * max((u.gathered for u in units), default=0)
+    largest = max((u.gathered for u in units), default=0)
     return Plan(
         shard=binding.strategy.shard,
         units=units,
         pending=waiting + (engine.twig > 1),  # a twig under way is a sum of its own
         every_leaf=engine.every_leaf, turns=engine.turns.count, pool=KEPT, in_flight=IN_FLIGHT, ranks=mesh.data.size,
-        ahead=residence.ahead if residence else two if engine.budgeted else max(AHEAD, two),
+        ahead=residence.ahead if residence else largest if engine.budgeted else max(AHEAD, 2 * largest),
         in_use=residence.in_use if residence and engine.budgeted else None,
         kept=(residence.most if residence else whole) if engine.budgeted else 0,
     )  # fmt: skip

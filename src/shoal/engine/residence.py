@@ -104,13 +104,13 @@ class Residence:
     @cached_property
     def ahead(self) -> int:
         """Bytes that may be gathered ahead of their use."""
-        two = 2 * max(self.sizes.values(), default=0)
+        largest = max(self.sizes.values(), default=0)
         if self.room is None:
-            return max(AHEAD, two)
+            return max(AHEAD, 2 * largest)
         if self.total <= min(self.room):
-            return two
+            return largest
         left = min((room - used for room, used in zip(self.rooms, self.active, strict=True)), default=0)
-        return max(0, min(two, left))
+        return max(0, min(largest, left))  # room for more is better used by keeping what is here
 
     @cached_property
     def in_use(self) -> int:
