@@ -79,6 +79,25 @@ def test_budgets_change_nothing(
     assert got == one_process(leaves, "adamw", "float32")
 
 
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize(("leaves", "precision"), [(4, "float32"), (6, "bfloat16")])
+@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (1, 2, 3, 4)])
+def test_layerwise_updates_change_nothing(
+    name: str, world: int, ranks_per_copy: int | None, leaves: int, precision: str, common: bool
+) -> None:
+    """Nor does it when some parameters are never touched, or ranks have unequal numbers of leaves."""
+    strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    how = {"leaves": leaves, "precision": precision, "clip": None, "epochs": 2}
+    assert on_threads(world, strategy, layerwise=True, common=common, order=world, **how) == unclipped(
+        leaves, precision
+    )
+
+
+@cache
+def unclipped(leaves: int, precision: str) -> Outcome:
+    return on_threads(1, "ddp", leaves=leaves, precision=precision, clip=None, epochs=2)
+
+
 @cache
 def clipped(leaves: int, clip: float | None) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, clip=clip)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from shoal.comm.group import Group
 from shoal.engine.binding import Binding
 from shoal.engine.holding import bill_of, memory, plan_of
-from shoal.engine.ledger import FIRST_LEAF, GATHERED, KEPT_UNITS, LENT, MIB
+from shoal.engine.ledger import FIRST_STEP, GATHERED, KEPT_UNITS, LENT, MIB
 from shoal.engine.residence import Room
 from shoal.errors import SettingError
 
@@ -70,7 +70,7 @@ class Budget:
         if self.limit is None:
             return None
         bindings = list(self.bindings.values())
-        apart = (GATHERED, KEPT_UNITS, LENT, FIRST_LEAF)
+        apart = (GATHERED, KEPT_UNITS, LENT, FIRST_STEP)
         entries = [e for e in memory(bindings, self.world).entries if e.name not in apart]
         most, rest = sum(e.peak for e in entries), sum(e.rest for e in entries)
         alone = len(bindings) == 1 and plan_of(bindings[0]).turns == 1 and not self.pending

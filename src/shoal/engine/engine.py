@@ -49,18 +49,20 @@ class Engine:
         number: of the model in its job.
         scale: of losses; None: they are not scaled.
         axes: who adds up gradients, where numerics are fast.
+        layerwise: update units while backward runs, in leaves that follow a plan.
     """
 
     def __init__(
         self, model: nn.Module, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules,
         assignment: Assignment, leaves: int, *, twig: int = 1, overlap: bool = True, number: int = 0,
         scale: LossScale | None = None, axes: Axes | None = None,
+        layerwise: bool = False,
     ) -> None:  # fmt: skip
         self.number, self.scale = number, scale
         self.all_turns = False
         self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
         self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
-        self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes)
+        self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes, layerwise=layerwise)
         self.updates = Updates(self.gradients, self._renew)
         self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
         self.set_leaves(assignment, leaves, twig)
@@ -78,6 +80,8 @@ class Engine:
         self.seed = 0
         self.say: Callable[[str], None] = lambda _text: None
         self.before_open: Callable[[], None] = lambda: None
+        self.updater: Callable[[], Callable[[Unit], None]] | None = None  # of a step that is updated layerwise
+        self.begun_most = 0  # bytes of gradients of units whose backward was under way at the same time
         self.grads_written: Callable[[], bool] = lambda: True  # may whoever updates write to gradients?
         self.buffers = Buffers(model, mesh.data)
         self.on_open: Callable[[Engine, Leaf], None] = lambda _engine, _leaf: None
@@ -172,6 +176,10 @@ class Engine:
             reduces = self.turns.reduces(self.turn)
             self.leaf.cursor = Cursor(tuple(e for e in course.entries if reduces or e.act is Act.GATHER))
             self.presence.begin(self.leaf, course)
+            if self.updater is not None and not after:
+                self.updates.early = Decided(
+                    step=self.steps, touched=self.gradients.told, apart=self.grads_written(), update=self.updater()
+                )  # fmt: skip
 
     def _meet(self, want: Want, number: int, payload: bytes = b"") -> list[bytes]:
         return self.meeting.meet(want, number, payload, model=self.number)
@@ -298,6 +306,7 @@ class Engine:
         while self.turn < self.turns.count:  # serve ranks that have more leaves
             self._open(None, 0.0)
             self.end_leaf()
+        self.updates.catch_up(wait=True)
         names = self.gradients.names
         bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)
         bits |= self.buffers.changed << len(names)
@@ -340,6 +349,7 @@ class Engine:
             for unit in self.units:
                 unit.wait()
         self._rescale()
+        self.updates.begin()
         self.steps += 1
         self._new_step(self.leaves)
 
@@ -463,12 +473,20 @@ class Engine:
         self.presence.check_here(unit)
         leaf.fresh.add(unit.index)
         leaf.touched.add(name)
+        self._count(unit, leaf)
         if unit.index in leaf.done:
             raise PlanError(
                 f"'{name}' got a gradient after those of {unit} had been handed on",
                 cause="more backward calls, or other uses of a block, than in the first leaf",
                 remedy="shoal.init(..., overlap=False) reduces at optimizer.step(), after any number",
             )
+
+    def _count(self, unit: Unit, leaf: Leaf) -> None:
+        if self.gradients.layerwise and unit.index not in leaf.begun:
+            leaf.begun.add(unit.index)
+            under_way = leaf.fresh if leaf.cursor is None else leaf.begun - leaf.done
+            sizes = (u.layout.used * u.dtypes.compute.itemsize for u in self.units if u.index in under_way)
+            self.begun_most = max(self.begun_most, sum(sizes))
 
     def _no_leaf(self) -> OrderError:
         return OrderError(

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from shoal.comm.group import Group
 from shoal.comm.pool import KEPT
 from shoal.engine.binding import Binding
-from shoal.engine.gradients import IN_FLIGHT, Gradients
+from shoal.engine.gradients import Gradients
 from shoal.engine.ledger import (
     LENT,
     UNCOUNTED,
@@ -80,6 +80,9 @@ def _entries(binding: Binding) -> Iterator[Entry]:
     units, buffers = engine.units, engine.buffers
     plan = plan_of(binding)
     now = _units_now(units, engine.presence.idle() if engine.budgeted else ()) | _gradients_now(engine.gradients)
+    now["first"] = 0
+    if engine.gradients.layerwise and not engine.steps:
+        now |= {"first": now["leaf"] + now["sums"], "leaf": 0, "sums": 0}
     now["optimizer"] = sum(_bytes(_state_of(optimizer)) for optimizer in binding.optimizers)
     yield from state_entries(plan, now, sum(_states_predicted(o, binding) for o in binding.optimizers))
     yield from gradient_entries(plan, now)
@@ -104,10 +107,12 @@ def plan_of(binding: Binding) -> Plan:
         shard=binding.strategy.shard,
         units=units,
         pending=waiting + (engine.twig > 1),  # a twig under way is a sum of its own
-        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=KEPT, in_flight=IN_FLIGHT, ranks=mesh.data.size,
+        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=KEPT, ranks=mesh.data.size,
+        in_flight=engine.gradients.in_flight,
         ahead=residence.ahead if residence else largest if engine.budgeted else max(AHEAD, 2 * largest),
         in_use=residence.in_use if residence and engine.budgeted else None,
         kept=(residence.most if residence else whole) if engine.budgeted else 0,
+        layerwise=engine.begun_most if engine.gradients.layerwise else None,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from shoal.comm.group import Kept
@@ -11,8 +11,8 @@ from shoal.strategy import Shard
 
 KINDS = ("parameters", "masters", "gradients", "optimizer", "staging", "other")
 MIB = 2**20
-GATHERED, KEPT_UNITS, LENT, FIRST_LEAF = (
-    "gathered units", "units kept", "parameters in job.whole", "gradients of the first leaf",
+GATHERED, KEPT_UNITS, LENT, FIRST_STEP = (
+    "gathered units", "units kept", "parameters in job.whole", "gradients, first step",
 )  # fmt: skip
 """Entries that others ask for by name."""
 
@@ -44,8 +44,8 @@ class Entry:
         now: bytes in use; those that several ranks share are divided by their number.
         rest, peak: bytes between two steps and at most, as predicted.
         lifetime: "always", "gathered" (a unit's forward or backward), "leaf", "step" (to the update), "in flight" (and
-            its memory is kept), "between steps" (to be used again), "between uses" (of one step), "first leaf" (of the
-            job), "lent" (inside `job.whole`).
+            its memory is kept), "between steps" (to be used again), "between uses" (of one step), "first step" (of
+            the job), "lent" (inside `job.whole`).
         setting: what makes it larger or smaller.
         shared: it is shared with other ranks of the host.
     """
@@ -164,7 +164,12 @@ def gradients_at_most(p: Plan) -> tuple[int, int, int]:
     whole = sum(u.numel * u.reduce for u in trained)
     cut = sum(u.mine * u.reduce for u in trained)
     waiting = whole + p.pending * cut if p.every_leaf else p.pending * whole
-    mean = sum(u.mine * u.reduce for u in trained if u.agreed and u.common_gradient == 1)
+    means = [u.mine * u.reduce for u in trained if u.agreed and u.common_gradient == 1]
+    mean = sum(means)
+    if p.layerwise is not None:
+        two = sum(sorted(u.numel * u.reduce for u in trained)[-2:])  # one is taken, one is under way
+        earlier = (p.pending * cut if p.every_leaf else p.pending * whole) if p.turns > 1 else 0
+        return p.layerwise, two + earlier, sum(sorted(means)[-2:])
     return leaf, waiting - (leaf if p.turns == 1 else 0), mean
 
 
@@ -220,13 +225,18 @@ def gradient_entries(p: Plan, now: Mapping[str, int]) -> Iterator[Entry]:
     trained = [u for u in p.units if u.trainable]
     leaf, waiting, mean = gradients_at_most(p)
     kept = gradients_kept(p)
+    first = 0 if p.layerwise is None else sum(gradients_at_most(replace(p, layerwise=None)))
     yield Entry(
         name="gradients of a leaf", kind="gradients", now=now["leaf"], rest=0, peak=leaf, lifetime="leaf",
         setting="units",
     )  # fmt: skip
     yield Entry(
-        name="sums over leaves", kind="gradients", now=now["sums"], rest=0, peak=waiting + mean - kept,
+        name="sums over leaves", kind="gradients", now=now["sums"], rest=0, peak=max(0, waiting + mean - kept),
         lifetime="step", setting="strategy, leaves, twig",
+    )  # fmt: skip
+    yield Entry(
+        name=FIRST_STEP, kind="gradients", now=now["first"], rest=0, peak=first, lifetime="first step",
+        setting="layerwise",
     )  # fmt: skip
     yield Entry(
         name="gradient buffers kept", kind="gradients", now=now["pool"], rest=kept, peak=kept,

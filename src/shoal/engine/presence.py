@@ -173,6 +173,7 @@ class Presence:
         else:
             self.gradients.take(unit, leaf)
             self.gradients.start(unit, leaf)
+            self.updates.follow(unit)
         return True
 
     def drain(self, leaf: Leaf) -> None:
@@ -191,6 +192,7 @@ class Presence:
         if self.leaf is not None and self.leaf.cursor is not None:
             self._start()
             self.gradients.progress()
+            self.updates.catch_up()
 
     def _start(self) -> None:
         """Follow the plan up to what must wait: a reduction for its gradients, a gather for memory."""

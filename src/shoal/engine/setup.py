@@ -77,6 +77,8 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     if not isinstance(w.mesh.world.carrier, Meter):
         check_model(model, w.mesh.world.size, w.device)
     optim.check(optimizers, model)
+    if w.layerwise:
+        optim.check_layerwise(optimizers, w.strategy.precision)
     granules = optim.granules(optimizers, model, w.elementwise)
     blocks = choose(model, w.units)
     keep = keepers(model, w.float32)
@@ -95,6 +97,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     engine = Engine(
         model, units, w.mesh, w.meeting, w.rules, leaves_of(s, w.mesh, w.rules), s.leaves, twig=s.twig,
         overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None, axes=axes,
+        layerwise=w.layerwise,
     )  # fmt: skip
     engine.say = w.say
     engine.gradients.gated = w.pending
@@ -103,6 +106,8 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
     binding.later = w.pending
+    if w.layerwise:
+        engine.updater = binding.updater
     if w.mesh.shard.size > 1:
         handles += [handle for optimizer in optimizers for handle in guard_optimizer(optimizer)]
     handles += guard_model(engine)
