@@ -78,7 +78,7 @@ class Gradients:
         self.mesh, self.meeting = mesh, meeting
         self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
         self.names = [n for u in self.units for n in u.params]
-        self.pool = Pool()
+        self.pool = Pool(kept=1) if layerwise else Pool()
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         self.in_flight = largest if layerwise else IN_FLIGHT

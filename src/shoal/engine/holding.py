@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shoal.comm.group import Group
-from shoal.comm.pool import KEPT
 from shoal.engine.binding import Binding
 from shoal.engine.gradients import Gradients
 from shoal.engine.ledger import (
@@ -107,7 +106,7 @@ def plan_of(binding: Binding) -> Plan:
         shard=binding.strategy.shard,
         units=units,
         pending=waiting + (engine.twig > 1),  # a twig under way is a sum of its own
-        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=KEPT, ranks=mesh.data.size,
+        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=engine.gradients.pool.kept, ranks=mesh.data.size,
         in_flight=engine.gradients.in_flight,
         ahead=residence.ahead if residence else largest if engine.budgeted else max(AHEAD, 2 * largest),
         in_use=residence.in_use if residence and engine.budgeted else None,
