@@ -197,3 +197,36 @@ def test_gathers_are_ahead_of_their_use() -> None:
             return max(found), peak
 
     assert run(2, rank_main) == [(blocks - BLOCK, blocks)] * 2  # the first is let go by then
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_several_models_share_a_budget(pending: bool) -> None:
+    """Also with updates that are pending in the next forward; and a model that runs for the other one's sake."""
+
+    def rank_main(_rank: int, memory: str | None) -> tuple[list[float], int]:
+        with shoal.init("zero3", leaves=4, run_dir="none", device="cpu", memory=memory, pending=pending) as job:
+            made = {name: Net() for name in ("maker", "judge")}
+            pairs = [
+                job.prepare(m, torch.optim.Adam(m.parameters(), lr=0.01), name=name) for name, m in made.items()
+            ]  # fmt: skip
+            (maker, maker_steps), (judge, judge_steps) = pairs
+            for _ in range(6):
+                fake = maker(torch.randn(4, WIDTH))
+                judge(fake.detach()).square().mean().backward()
+                judge_steps.step()
+                judge_steps.zero_grad()
+                judge(fake).mean().backward()
+                maker_steps.step()
+                maker_steps.zero_grad()
+                judge_steps.zero_grad()
+            sent = job.traffic["gather"]
+            found: list[float] = []
+            for model in (maker, judge):
+                with job.whole(model):
+                    found += [float(p.detach().sum()) for p in model.parameters()]
+            return found, sent
+
+    plain = run(2, lambda r: rank_main(r, None))
+    kept = run(2, lambda r: rank_main(r, "8MiB"))
+    assert [numbers for numbers, _ in kept] == [numbers for numbers, _ in plain]
+    assert all(less < more for (_, less), (_, more) in zip(kept, plain, strict=True))
