@@ -71,6 +71,8 @@ def test_gathers_of_the_backward_begin_early() -> None:
     assert course(LEAF, None, large) == "+5* +0 +1 +2 +3* +4* +2 +1 =4 =3 +0 =2 =1 =0 =5"
     assert leaf(LEAF, None, large).ahead == 10 * AHEAD
     assert course("+1 +0 -0 +2 -2 +3 -3 =3 +0 =0 -0 =2 +2 =1", None) == "+1 +0 +2 +3 +0 +2 =3 =0 =2 =1"
+    still = "+1 +0 +2 -2 +3 -3 =3 -0 +4 -4 +5 -5 +0 =0 -0 -1 =1"
+    assert course(still, None) == "+1 +0 +2 +3 +4 +5 =3 +0 =0 =1"
 
 
 def held(residence: Residence, course: Course, here: dict[int, int]) -> list[int]:
