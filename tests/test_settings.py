@@ -42,6 +42,8 @@ TEXTS = {
     "timeout": ("3", 3.0),
     "overlap": ("false", False),
     "pending": ("true", True),
+    "memory": ("1000", 1000),
+    "layerwise": ("true", True),
     "carrier": ("mpi", "mpi"),
     "interface": ("eth0,eth1", "eth0,eth1"),
     "device": ("cpu", "cpu"),
@@ -67,11 +69,27 @@ def test_every_setting_means_the_same_in_every_source(name: str, tmp_path: Path)
         assert found.origins[name] == origin
 
 
-@pytest.mark.parametrize("name", ["leaves", "ranks_per_copy", "device"])
+@pytest.mark.parametrize("name", ["leaves", "ranks_per_copy", "memory", "device"])
 def test_none_in_text_is_nothing_but_was_asked_for(name: str) -> None:
     resolved = resolve({name: "host" if name == "device" else 3}, environ={f"SHOAL_{name.upper()}": "none"}, cwd="/")
     assert getattr(resolved.settings, name) is None
     assert resolved.explicit(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("4096", 4096), ("512MiB", 2**29), ("2GB", 2 * 10**9), ("1.5 KiB", 1536), ("3kb", 3000), ("1TiB", 2**40)],
+)
+def test_memory_in_words(text: str, nbytes: int) -> None:
+    assert resolve({"memory": text}, environ={}, cwd="/").settings.memory == nbytes
+    assert resolve({}, environ={"SHOAL_MEMORY": text}, cwd="/").settings.memory == nbytes
+
+
+@pytest.mark.parametrize("value", ["lots", "3 apples", "-1", 0, 1.5])
+def test_memory_that_is_no_number_of_bytes(value: object) -> None:
+    with pytest.raises(SettingError, match="such as 512MiB or 2GB") as error:
+        resolve({"memory": value}, environ={}, cwd="/")
+    assert str(error.value).startswith(f"shoal[E02] memory={value!r} (code) does not fit")
 
 
 def test_none_in_code_says_nothing(tmp_path: Path) -> None:
@@ -102,6 +120,8 @@ def test_table_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         "timeout         60.0     default",
         "overlap         false    environment SHOAL_OVERLAP",
         "pending         false    default",
+        "memory          -        default",
+        "layerwise       false    default",
         "carrier         auto     default",
         "interface       -        default",
         "device          -        default",

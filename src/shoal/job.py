@@ -31,15 +31,16 @@ from shoal.data.micro import check_count, end_leaf, micro_steps
 from shoal.dropin.strays import Strays, ours
 from shoal.engine import habits, holding, setup
 from shoal.engine.binding import Binding
+from shoal.engine.budget import Budget
 from shoal.engine.fill import Fill
 from shoal.engine.ledger import Memory
-from shoal.errors import OrderError, SettingError
+from shoal.errors import OrderError
 from shoal.launch.rundir import RunDir, open_run_dir
 from shoal.logs import say, warn
 from shoal.plain import PlainJob
 from shoal.random import seed as set_seed
 from shoal.rules import rules
-from shoal.settings import Resolved
+from shoal.settings import Resolved, check_together
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of, tell_of_failure
 from shoal.strategy import Strategy
 from shoal.trace import By, Trace, Traced
@@ -69,6 +70,8 @@ def init(
     timeout: float | None = None,
     overlap: bool | None = None,
     pending: bool | None = None,
+    memory: int | str | None = None,
+    layerwise: bool | None = None,
     carrier: str | None = None,
     interface: str | None = None,
     run_dir: str | None = None,
@@ -88,6 +91,10 @@ def init(
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
         pending: may updates and transfers be under way when `optimizer.step()` returns? Until the next forward needs
             them, parameters are placeholders then. Hides slow networks. Default False.
+        memory: bytes that a rank may use, such as "2GB": units stay gathered while there is room. Default: they are
+            freed after use.
+        layerwise: update a unit as soon as its gradient is there, while backward runs, and free that. No clipping, no
+            float16, no way back from a step that fails. Default False.
         carrier: what moves the bytes between ranks: "gloo" (TCP), "shared" (memory within hosts), "nccl", "mpi" (under
             mpirun), or "auto", the fastest there is.
         interface: names of network interfaces, "eth0" or "eth0,eth1": large messages are spread over all of them;
@@ -102,16 +109,11 @@ def init(
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
-        "numerics": numerics, "timeout": timeout, "overlap": overlap, "pending": pending, "carrier": carrier,
-        "interface": interface, "run_dir": run_dir,
+        "numerics": numerics, "timeout": timeout, "overlap": overlap, "pending": pending, "memory": memory,
+        "layerwise": layerwise, "carrier": carrier, "interface": interface, "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
-    if resolved.settings.pending and not resolved.settings.overlap:
-        raise SettingError(
-            "pending=True with overlap=False",
-            cause="what is pending is overlapped with the next forward",
-            remedy="pending=False, or overlap=True",
-        )
+    check_together(resolved.settings)
     traced = Trace.asked(os.environ if current.get() is None else {})
     if traced is not None and traced.by is not By.SHOAL:
         return cast(Job, PlainJob(traced, resolved))
@@ -141,6 +143,7 @@ class Job(Verbs):
         self._meeting = Meeting(self._mesh.world)
         self._meeting.make_room(32)
         self._bindings: dict[str, Binding] = {}
+        self._budget = Budget(s.memory, self._bindings, pending=s.pending, world=self._mesh.world, say=self._say)
         self._wanted: dict[str, setup.Wanted] = {}
         self._latest: Binding | None = None
         self._loaders: list[Loader[object]] = []
@@ -270,7 +273,8 @@ class Job(Verbs):
         facts = {
             "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
-            "pending": self.resolved.settings.pending,
+            "pending": self.resolved.settings.pending, "layerwise": self.resolved.settings.layerwise,
+            "memory": "none" if self._budget.limit is None else "a budget",
             "float32": list(float32), "compile": str(compile),
         }  # fmt: skip
         mesh = self._mesh if not self._bindings else self._mesh.again(len(self._bindings))
@@ -280,12 +284,13 @@ class Job(Verbs):
             elementwise=elementwise, float32=float32, fill=fill, compile=compile,
             device=self.device, facts=facts, say=self._say, ended=self._feed.ended,
             number=len(self._bindings), first=sum(len(b.engine.units) for b in self._bindings.values()),
-            prefix=f"{name}/" if name else "",
+            prefix=f"{name}/" if name else "", budget=self._budget, layerwise=self.resolved.settings.layerwise,
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)
         ours(*optimizers)
         self._wanted[name], binding.on_step = wanted, self._steps
         self._feed.bind(binding.engine)
+        self._budget.check()
         results: list[object] = [model, optimizer]
         for other in others:
             if isinstance(other, LRScheduler):

@@ -7,15 +7,31 @@ same name everywhere: `leaves=4` in code, `leaves = 4` under `[job]` in `shoal.t
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from shoal.errors import SettingError, nearest
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for kind, base in (("b", 1000), ("ib", 1024))
+    for power, letter in enumerate("kmgt", start=1)
+}
+
+
+def nbytes(value: object) -> object:
+    """`"512MiB"` as a number of bytes; anything else as it is."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+        if found and found[2] in _UNITS:
+            return int(float(found[1]) * _UNITS[found[2]])
+    return value
 
 
 class Settings(BaseModel):
@@ -39,6 +55,10 @@ class Settings(BaseModel):
     timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="seconds without progress, more than 0")
     overlap: bool = Field(True, description="true or false: whether transfers run beside computation")
     pending: bool = Field(False, description="true or false: whether updates may be under way when a step returns")
+    memory: Annotated[int, BeforeValidator(nbytes), Field(ge=1)] | None = Field(
+        None, description="bytes of a rank, such as 512MiB or 2GB; none: units are freed after use"
+    )
+    layerwise: bool = Field(False, description="true or false: whether units are updated while backward runs")
     carrier: Literal["auto", "gloo", "shared", "nccl", "mpi"] = Field("auto", description="what moves the bytes")
     interface: str | None = Field(None, description="network interfaces, as eth0 or eth0,eth1; none: by the way")
     device: str | None = Field(None, description="a device of torch; none: what the machine has")
@@ -73,6 +93,24 @@ class Resolved:
         values = {name: _shown(getattr(self.settings, name)) for name in self.origins}
         wide, long = max(map(len, values)), max(map(len, values.values()))
         return "\n".join(f"{name:{wide}}  {values[name]:{long}}  {origin}" for name, origin in self.origins.items())
+
+
+def check_together(s: Settings) -> None:
+    """Raises `SettingError` for settings that contradict each other."""
+    needs = {"pending": "what is pending is overlapped with the next forward",
+             "memory": "what stays in memory is decided from the order that transfers follow",
+             "layerwise": "which gradient is a unit's last is known from the order that transfers follow"}  # fmt: skip
+    for name, why in needs.items():
+        if getattr(s, name) and not s.overlap:
+            value = "True" if getattr(s, name) is True else getattr(s, name)
+            away = "leave memory= out" if name == "memory" else f"{name}=False"
+            raise SettingError(f"{name}={value} with overlap=False", cause=why, remedy=f"{away}, or overlap=True")
+    if s.layerwise and s.pending:
+        raise SettingError(
+            "layerwise=True with pending=True",
+            cause="units are updated while backward runs: nothing is left to be pending",
+            remedy="pending=False, or layerwise=False",
+        )
 
 
 def resolve(code: Mapping[str, object], *, environ: Mapping[str, str], cwd: str | Path | None) -> Resolved:
@@ -203,7 +241,7 @@ def _known(name: str, known: Mapping[str, object] | tuple[str, ...], shown: str)
 def _fitting(name: str, value: object, origin: str, *, text: bool) -> object:
     """The value in the setting's own type."""
     field = Settings.model_fields[name]
-    said_none = text and value == "none" and name in ("leaves", "ranks_per_copy", "device", "interface")
+    said_none = text and value == "none" and name in ("leaves", "ranks_per_copy", "memory", "device", "interface")
     try:
         settings = Settings.model_validate({name: None if said_none else value}, strict=not text)
         return getattr(settings, name)

@@ -69,6 +69,36 @@ def test_pending_updates_change_nothing(
     assert got == clipped(leaves, clip)
 
 
+@pytest.mark.parametrize("memory", ["300KiB", "500KiB", "550KiB"])
+@pytest.mark.parametrize("leaves", [2, 4, 6])
+@pytest.mark.parametrize(("world", "ranks_per_copy", "common"), [(2, 2, False), (4, 2, False), (2, 2, True)])
+def test_budgets_change_nothing(
+    world: int, ranks_per_copy: int, common: bool, leaves: int, memory: str
+) -> None:  # fmt: skip
+    """Not what stays whole in a leaf, nor from one leaf to the next: at the first budget next to nothing, then all."""
+    strategy = Strategy(shard=Shard.PARAMETERS, ranks_per_copy=ranks_per_copy)
+    got = on_threads(world, strategy, leaves=leaves, memory=memory, common=common, order=leaves)
+    assert got == one_process(leaves, "adamw", "float32")
+
+
+@pytest.mark.parametrize(("leaves", "precision", "common"), [(4, "float32", False), (6, "bfloat16", True)])
+@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (1, 2, 3, 4)])
+def test_layerwise_updates_change_nothing(
+    name: str, world: int, ranks_per_copy: int | None, leaves: int, precision: str, common: bool
+) -> None:
+    """Nor does it when some parameters are never touched, or ranks have unequal numbers of leaves."""
+    strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    how = {"leaves": leaves, "precision": precision, "clip": None, "epochs": 2}
+    assert on_threads(world, strategy, layerwise=True, common=common, order=world, **how) == unclipped(
+        leaves, precision
+    )
+
+
+@cache
+def unclipped(leaves: int, precision: str) -> Outcome:
+    return on_threads(1, "ddp", leaves=leaves, precision=precision, clip=None, epochs=2)
+
+
 @cache
 def clipped(leaves: int, clip: float | None) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, clip=clip)

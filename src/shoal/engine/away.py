@@ -31,13 +31,14 @@ class AwayGrad(Tensor):
     """A gradient that is not whole on this rank. Every operation on it raises `AwayError`."""
 
     param_name: str
+    layerwise: bool  # will it have been used before the step?
 
     @staticmethod
-    def __new__(cls: type[AwayGrad], like: Tensor, name: str) -> AwayGrad:
+    def __new__(cls: type[AwayGrad], like: Tensor, name: str, *, layerwise: bool = False) -> AwayGrad:
         made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
             cls, like.shape, dtype=like.dtype, device=like.device
         )
-        made.param_name = name
+        made.param_name, made.layerwise = name, layerwise
         return made  # pyright: ignore[reportUnknownVariableType]
 
     @classmethod
@@ -85,16 +86,23 @@ def _called_from(module: str, function: str = "") -> bool:
 
 
 def _refuse(args: Sequence[object]) -> NoReturn:
+    flat: list[object] = []
+    for a in args:
+        flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)  # pyright: ignore[reportUnknownArgumentType]
+    found = next((a for a in flat if isinstance(a, AwayGrad)), None)
+    if found is not None and found.layerwise:
+        raise AwayError(
+            f"layerwise=True: the gradient of '{found.param_name}' is used and gone before optimizer.step()",
+            cause="a GradScaler, clipping and whatever else looks at gradients needs all of them at once",
+            remedy="layerwise=False",
+        )
     if _called_from("torch.amp.grad_scaler"):
         raise AwayError(
             "a GradScaler would unscale gradients that live in shards",
             remedy='shoal.init(..., precision="float16") scales losses itself; call loss.backward() and '
             "optimizer.step() without the GradScaler",
         )
-    flat: list[object] = []
-    for a in args:
-        flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)  # pyright: ignore[reportUnknownArgumentType]
-    name = next((a.param_name for a in flat if isinstance(a, AwayGrad)), "?")
+    name = found.param_name if found is not None else "?"
     raise AwayError(
         f"the gradient of '{name}' is not a whole tensor of this rank",
         cause="shoal sums gradients over all leaves of a step and hands each rank what it updates",

@@ -20,7 +20,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.hooks import Handle
 from shoal.engine.norm import global_norm, norms
 from shoal.engine.unit import Unit
-from shoal.errors import OptimizerError, OrderError
+from shoal.errors import OptimizerError, OrderError, SettingError
 from shoal.leaves import assign
 from shoal.optim import NeedsNorms
 from shoal.strategy import Strategy
@@ -112,6 +112,8 @@ class Binding:
             else:
                 engine.end_leaf()
         self.on_step(self)
+        if self.stepped and engine.gradients.layerwise:
+            self.updater()  # hooks may have come
         if self.stepped and not engine.settled and self._by_units(optimizer):
             engine.later = self.later and not self.averages
             engine.update(self._updater(optimizer))
@@ -149,6 +151,13 @@ class Binding:
 
         return update
 
+    def updater(self) -> Callable[[Unit], None]:
+        """The only optimizer's step on one unit, while others' gradients are not there yet."""
+        optimizer = self.optimizers[0]
+        if not self._by_units(optimizer):
+            optim.check_layerwise(self.optimizers, self.strategy.precision)
+        return self._updater(optimizer)
+
     def _of_unit(self, unit: Unit, group: int) -> list[nn.Parameter]:
         """The pieces of a unit in one of the optimizer's groups."""
         if unit.index not in self._pieces:
@@ -172,6 +181,12 @@ class Binding:
     def clip_grad_norm(self, max_norm: float) -> float | None:
         """See `Job.clip_grad_norm`."""
         engine = self.engine
+        if engine.gradients.layerwise:
+            raise SettingError(
+                "clip_grad_norm with layerwise=True",
+                cause="units are updated while backward runs; the norm is known when all gradients are there",
+                remedy="layerwise=False, or do not clip",
+            )
         if engine.turn < engine.own_turns - 1:
             return None
         engine.settle()
@@ -237,6 +252,7 @@ class Binding:
         engine.updates.flush()
         engine.meeting.meet(Want.WHOLE, int(write), model=engine.number)
         carrier = engine.mesh.world.carrier
+        engine.presence.free_all()  # what stays between two leaves: the next one gathers it again
         for unit in engine.units:
             unit.lend()
         engine.presence.leased = True

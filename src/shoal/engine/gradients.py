@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,28 +63,36 @@ class Gradients:
         number: of the model in its job.
         scale: of losses, by which gradients are divided as they are taken.
         axes: who adds up, where numerics are fast; None: we do.
+        layerwise: is a unit updated as soon as its gradients are there? All ranks then hear with them what was touched,
+            and one unit's gradients at a time are under way.
     """
 
     def __init__(
         self, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules, number: int,
-        scale: LossScale | None, axes: Axes | None = None,
+        scale: LossScale | None, axes: Axes | None = None, *, layerwise: bool = False,
     ) -> None:  # fmt: skip
+        self.layerwise = layerwise
+        self.touched, self.told = set[str](), set[str]()  # in this step: by this rank's leaves, by any as far as known
         self.number, self.scale = number, scale
         self.overflow: Overflow | None = None  # of this step, on this rank
         self.units = [u for u in units if u.trainable]
         self.mesh, self.meeting = mesh, meeting
         self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
         self.names = [n for u in self.units for n in u.params]
-        self.pool = Pool()
+        self.pool = Pool(kept=1) if layerwise else Pool()
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
-        self.guards = {n: AwayGrad(p, n) for u in self.units for n, p in u.params.items()}
-        self.piece_guards = {u.index: [(p, AwayGrad(p, n)) for n, p in u.pieces.items()] for u in self.units}
+        largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
+        self.in_flight = largest if layerwise else IN_FLIGHT
+        guard = partial(AwayGrad, layerwise=layerwise)
+        self.guards = {n: guard(p, n) for u in self.units for n, p in u.params.items()}
+        self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
         self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
         self.flows: dict[int, Journey] = {}  # by unit, the oldest first
         self.ordered = mesh.world.carrier.ordered
         self.gated = False  # do results stop on their way until those that are needed earlier have come as far?
         self.order: Sequence[int] = ()
+        self.arrived: Callable[[int], None] = lambda _unit: None
 
         self.results: dict[int, Mean] = {}
         self.commons: dict[int, Common | None] = {}
@@ -94,6 +103,7 @@ class Gradients:
     def begin(self, turns: Turns) -> None:
         """A step begins."""
         self.overflow = None
+        self.touched, self.told = set[str](), set[str]()
         self.turns = turns
         self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs) for u in self.units}
         self.sums: dict[int, Sums] = {u: new_tree(turns.twigs) for u in self.mine}
@@ -152,6 +162,7 @@ class Gradients:
         for name in grads:
             unit.params[name].grad = self.guards[name]
         if leaf.number is not None:
+            self.touched |= leaf.touched & unit.params.keys() if leaf.weight else set()
             value = Sum(self._strips(unit, grads, leaf.number)) if leaf.weight else None
             self._put(unit, leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
         if self._last(leaf):
@@ -217,12 +228,14 @@ class Gradients:
         self.wait_for(unit)  # those of the turn before
         if Op.AGREE in ops and self.fast is None and unit.index not in self.commons:  # all start in one order
             numel = unit.mine.stop - unit.mine.start
-            self.commons[unit.index] = self.mesh.copies.common(numel, unit.dtypes.reduce, unit.device)
+            common = None if self.layerwise else self.mesh.copies.common(numel, unit.dtypes.reduce, unit.device)
+            self.commons[unit.index] = common  # it would stay: a unit's gradients are to be gone before the next one's
         flow = self._journey(unit, ops, leaf)
+        flow = self._telling(unit, flow, leaf) if self.layerwise and last else flow
         first = next(flow, None)
         if first is not None:
             self.flows[unit.index] = Journey(flow, first, unit.numel * unit.dtypes.reduce.itemsize)
-        while sum(j.nbytes for j in self.flows.values()) > IN_FLIGHT and self._moving() not in (None, unit.index):
+        while sum(j.nbytes for j in self.flows.values()) > self.in_flight and self._moving() not in (None, unit.index):
             self._continue(self._moving())
 
     def _moving(self) -> int | None:
@@ -277,6 +290,7 @@ class Gradients:
         following = next(journey.flow, None)
         if following is None:
             del self.flows[index]
+            self.arrived(index)
         else:
             journey.pending = following
 
@@ -301,6 +315,18 @@ class Gradients:
             own(tree)
         if came is not None:
             came.release()
+
+    def _telling(self, unit: Unit, flow: Flow, leaf: Leaf) -> Flow:
+        """With a unit's last gradients, all ranks hear which of its parameters some leaf of the step has touched."""
+        names, world = list(unit.params), self.mesh.world
+        told = torch.zeros(world.size, len(names), dtype=torch.uint8)
+        told[world.rank] = torch.tensor([n in self.touched for n in names], dtype=torch.uint8)
+        boxes = [[[row]] for row in told]
+        pending = world.swap("touched", [[[told[world.rank]]]] * world.size, boxes, f"unit {unit.index} {leaf.serial}")
+        yield from flow
+        yield pending
+        pending.wait()
+        self.told |= {n for n, column in zip(names, told.unbind(1), strict=True) if bool(column.any())}
 
     def _learn_weights(self, leaf: Leaf) -> None:
         """Once a turn: everybody hears the weights of everybody's leaves so far."""

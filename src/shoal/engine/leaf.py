@@ -38,9 +38,11 @@ class Leaf:
     turn: int
     serial: int
     cursor: Cursor | None
+    stay: frozenset[int] = frozenset()  # units that are kept for the next leaf
     record: Record = field(default_factory=Record)
     entered: list[int] = field(default_factory=list[int])  # units in the order of the forward, in a leaf without a plan
     fresh: set[int] = field(default_factory=set[int])  # units that got gradients since they were last complete
+    begun: set[int] = field(default_factory=set[int])  # units that got gradients, where somebody counts them
     done: set[int] = field(default_factory=set[int])  # units whose gradients are taken
     touched: set[str] = field(default_factory=set[str])
     keep: set[int] = field(default_factory=set[int])  # units that must stay until the leaf ends

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import cast
 
@@ -19,6 +20,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine import optim
 from shoal.engine.binding import Binding
+from shoal.engine.budget import Budget
 from shoal.engine.cells import local
 from shoal.engine.compiling import check_uncompiled, compile_blocks
 from shoal.engine.engine import Engine
@@ -59,9 +61,11 @@ class Wanted:
     facts: Mapping[str, object]
     say: Callable[[str], None]
     ended: Callable[[Engine, bool], None]
+    budget: Budget
     number: int = 0
     first: int = 0
     prefix: str = ""
+    layerwise: bool = False
 
 
 def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Binding:
@@ -74,6 +78,8 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     if not isinstance(w.mesh.world.carrier, Meter):
         check_model(model, w.mesh.world.size, w.device)
     optim.check(optimizers, model)
+    if w.layerwise:
+        optim.check_layerwise(optimizers, w.strategy.precision)
     granules = optim.granules(optimizers, model, w.elementwise)
     blocks = choose(model, w.units)
     keep = keepers(model, w.float32)
@@ -92,13 +98,17 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     engine = Engine(
         model, units, w.mesh, w.meeting, w.rules, leaves_of(s, w.mesh, w.rules), s.leaves, twig=s.twig,
         overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None, axes=axes,
+        layerwise=w.layerwise,
     )  # fmt: skip
     engine.say = w.say
     engine.gradients.gated = w.pending
+    engine.budgeted, engine.room = w.budget.limit is not None, partial(w.budget.room, w.number)
     handles = install(engine, compute_dtype(s), kept(model, w.float32))
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
     binding.later = w.pending
+    if w.layerwise:
+        engine.updater = binding.updater
     if w.mesh.shard.size > 1:
         handles += [handle for optimizer in optimizers for handle in guard_optimizer(optimizer)]
     handles += guard_model(engine)
