@@ -8,6 +8,7 @@ import torch
 from shoal.comm.group import Carrier, Group
 from shoal.comm.levels import Hosts, Levels
 from shoal.comm.threads import run
+from shoal.errors import StalledError
 from shoal.start import find_carrier
 from tests.comm.carriers import TIMEOUT
 from tests.comm.shared import pretending
@@ -134,6 +135,30 @@ def test_processes_pass_pieces_on_whatever_they_wait_for(pool: Pool) -> None:
     """Rank 1 waits for a neighbour, rank 3 for a rank of the other host."""
     results = pool.run(crosswise_among_processes, world=4, timeout=20)
     assert results == [[0, 0, 1, 1, 2, 2, 3, 3]] * 4
+
+
+def nobody_speaks() -> None:
+    with pretending(2):
+        carrier, _ = find_carrier(TIMEOUT, "shared")
+    try:
+        group = Group("world", range(4), carrier)
+        flat, word = torch.zeros(8), torch.zeros(1)
+        relay = group.gather("gather", flat, [0, 2, 4, 6, 8])
+        awaited = 1 if group.rank == 0 else 3 - group.rank  # a neighbour, or somebody afar
+        try:
+            group.swap("word", [[]] * 4, [[[word]] if r == awaited else [] for r in range(4)], "never").wait()
+        finally:
+            assert relay.ready()
+    except StalledError as e:
+        carrier.fail(str(e))
+        raise
+    finally:
+        carrier.close()
+
+
+def test_who_passes_on_meanwhile_still_hears_that_nobody_moves(pool: Pool) -> None:
+    with pytest.raises(StalledError, match="in 'word world never'"):
+        pool.run(nobody_speaks, world=4, timeout=20)
 
 
 def alone_on_a_host() -> tuple[int, ...]:

@@ -34,8 +34,8 @@ def start(two: list[Host], rank: int, strategy: str) -> subprocess.Popen[str]:
     return two[rank].popen(command(strategy), env=ENV | place, **PIPES)
 
 
-def result(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=60)
+def result(process: subprocess.Popen[str], timeout: float = 60.0) -> str:
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
     return next(line for line in out.splitlines() if line.startswith("RESULT"))
 
@@ -51,8 +51,7 @@ def test_two_hosts_equal_one_process(strategy: str) -> None:
 
 
 TWO_LEVELS = """
-import os, torch, shoal
-from tests.equivalence.models import digest
+import torch, shoal
 with shoal.init("{strategy}", run_dir="none") as job:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(500, 500) for _ in range(4)))
@@ -62,7 +61,7 @@ with shoal.init("{strategy}", run_dir="none") as job:
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    print("RESULT", sum(job.crossed.values()), digest(job.state_dict(model)) if job.rank == 0 else "")
+    print("RESULT", sum(job.crossed.values()))
 """
 
 
@@ -78,7 +77,7 @@ def test_what_is_predicted_to_cross_is_what_the_cables_carry(strategy: str) -> N
             )
             for rank in range(4)
         ]  # fmt: skip
-        said = [int(result(process).split()[1]) for process in ranks]
+        said = [int(result(process, 150.0).split()[1]) for process in ranks]
         carried = [host.sent() for host in two]
     model = 4 * 4 * 500 * 501
     gathers = 3 if strategy == "zero3" else 1

@@ -55,7 +55,7 @@ class Hosts:
         return [owner for owner in away if self.speaker(home, owner, turn) == member]
 
     def received(self, member: int) -> float:
-        """What a member receives at most while sums travel, in gradients: more than 1 on large hosts beside small."""
+        """What a member receives at most while sums travel, in whole gradients: above 1 on large hosts beside small."""
         home = self.home[member]
         mates = len(self.of[home])
         owners = 1 + sum(-(-len(members) // mates) for host, members in enumerate(self.of) if host != home)

@@ -224,7 +224,7 @@ class Shared:
         with self.watch.waiting(label):
             start = judged = lived = time.monotonic()
             while lacks() is not None:
-                self.levels.go_on()
+                self.go_on()
                 now = time.monotonic()
                 if now - start < _YIELD:
                     os.sched_yield()
@@ -238,10 +238,17 @@ class Shared:
                     judged = now
                     self._check_job(lacks, label)
 
+    def go_on(self) -> None:
+        """Pass on what has come; that is not what this rank waits for."""
+        if self.levels.relays:
+            where = self.watch.where
+            self.levels.go_on()
+            self.watch.where = where
+
     def look_after(self) -> bool:
         """Do what other ranks of this host may wait for. Is there more of it to come?"""
         self.take_in()
-        self.levels.go_on()
+        self.go_on()
         return bool(self.under_way or self.levels.relays)
 
     def take_in(self) -> None:
