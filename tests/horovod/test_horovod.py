@@ -211,6 +211,7 @@ def test_join() -> None:
             made.step()
             seen.append(hvd.allreduce(torch.ones(2), name="ones")[0].item())
             seen.append(hvd.allreduce(torch.tensor([4]), op=hvd.Sum)[0].item())
+            assert hvd.allreduce(torch.tensor([5.0]), op=hvd.Min).item() == 5.0  # whoever has joined brings nothing
         return hvd.join(), [*seen, p.item()]
 
     found = ranks(2, main)

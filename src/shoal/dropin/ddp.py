@@ -78,13 +78,13 @@ class DistributedDataParallel(nn.Module):
                 f"{type(module).__name__} has no parameter that is trained: there is nothing to average",
                 remedy="call the module itself, without DistributedDataParallel",
             )
-        self._to = _device(device_ids, next(iter(names.values())).device)
-        self._world = world()
+        self._params = list(names.values())
+        self._to = _device(device_ids, self._params[0].device)
+        self._world = world(self._params[0].device)
         self._group = self._world.group_of(process_group)
         every = broadcast_buffers if forward_sync_buffers is None else forward_sync_buffers
         self.broadcast_buffers = every is None or every
         self.require_backward_grad_sync = True
-        self._params = list(names.values())
         self._averager = Averager(self._group, self._params, CAP if bucket_cap_mb is None else bucket_cap_mb)
         self._events = Events(self._group, len(names))
         self._world.goodbyes.append(lambda events=self._events: events.tell(Event.LEFT))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 
+import torch
 import torch.distributed as dist
 
 from shoal.comm.group import LAST_DOING, Carrier, Group, current, latest
@@ -116,11 +117,14 @@ def known() -> World | None:
     return found if found is not None and not found.carrier.closed else None
 
 
-def world() -> World:
+def world(device: torch.device | None = None) -> World:
     """The ranks of this program, joined at the first call. Collective then.
 
     A job's connections are used where there is one; else ranks find each other by the environment, as `shoal.init`
     does, or by torch's process group where a script has numbered its ranks itself.
+
+    Args:
+        device: of the tensors that will travel; None: the host.
 
     Raises:
         EnvironmentFault: the others do not come, or the environment and torch's process group contradict each other.
@@ -134,12 +138,12 @@ def world() -> World:
     if job is not None and not job.closed:
         made = World(job, Seat(job.size, own_process=thread is None), own=False)
     else:
-        made = World(*_joined(), own=True)
+        made = World(*_joined(device), own=True)
     _here.set(made)
     return made
 
 
-def _joined() -> tuple[Carrier, Seat]:
+def _joined(device: torch.device | None) -> tuple[Carrier, Seat]:
     settings = settle_settings(None, {}).settings
     environ: Mapping[str, str] = os.environ
     if "RANK" not in environ and dist.is_initialized():
@@ -153,7 +157,8 @@ def _joined() -> tuple[Carrier, Seat]:
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
         environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **environ}
         environ |= {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-    return find_carrier(settings.timeout, settings.carrier, settings.device, settings.interface, environ)
+    where = settings.device if device is None or device.type == "cpu" else str(device)
+    return find_carrier(settings.timeout, settings.carrier, where, settings.interface, environ)
 
 
 def check_rank(environ: Mapping[str, str]) -> None:

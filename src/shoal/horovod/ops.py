@@ -115,7 +115,7 @@ def _op(op: str | None, average: bool | None, process_set: object) -> str:
 
 
 def _combined(here: Session, flat: Tensor, op: str, told: Sequence[Words]) -> Flow:
-    """Ranks that have joined bring nothing: zeros, as in Horovod, and Average divides by all ranks."""
+    """Ranks that have joined bring nothing, and Average divides by all ranks."""
     active = [w["op"] != JOIN for w in told]
     if flat.is_floating_point() and op in (Sum, Average):
         return mean_of(here.group, flat, active, here.group.size if op == Average else 1, here.pool)
@@ -317,7 +317,9 @@ def _nobody_joined(told: Sequence[Words], what: str) -> None:
 
 
 def join(device: int = -1) -> int:
-    """This rank is out of data: take part in the others' allreduces with zeros until all have joined.
+    """This rank is out of data: take part in the others' allreduces with nothing until all have joined.
+
+    Sums lack it, and Average still divides by all ranks, as in Horovod.
 
     Args:
         device: as Horovod's; without effect.
