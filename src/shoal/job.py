@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shoal import export, resume
 from shoal.average import Average
@@ -28,6 +28,7 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
+from shoal.data.stream import StreamLoader
 from shoal.engine import holding, setup
 from shoal.engine.binding import Binding
 from shoal.engine.fill import Fill
@@ -319,7 +320,10 @@ class Job(Verbs):
         return loader
 
     def _wrap(self, source: DataLoader[object]) -> Loader[object]:
-        loader = Loader(self._feed, source, steps_of_loader(source, self.seed, self._say))
+        if isinstance(source.dataset, IterableDataset):
+            loader: Loader[object] = StreamLoader(self._feed, source, self._meeting)
+        else:
+            loader = Loader(self._feed, source, steps_of_loader(source, self.seed, self._say))
         self._loaders.append(loader)
         return loader
 
