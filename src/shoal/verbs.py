@@ -125,10 +125,10 @@ class Verbs:
 
     @property
     def main(self) -> Main:
-        """True on rank 0: `if job.main: ...` is for what one rank does (prints, files).
+        """True on rank 0, for what one rank does alone (prints, files) in `if job.main`.
 
-        Calls of the job do not belong in it. For work that takes longer than `timeout` enter it, as the others' waits
-        end otherwise: `with job.main as here: ...` gives the same bool and stops their clock.
+        Calls of the job do not belong there. For work that takes longer than `timeout` enter it, as the others' waits
+        end otherwise; `with job.main as here` gives the same bool and stops their clock.
         """
         return Main(self._together.world.carrier)
 

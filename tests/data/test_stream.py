@@ -113,6 +113,21 @@ def test_going_on_in_the_middle(tmp_path: Path) -> None:
     assert sorted(rest) == list(range(12, 23))
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_the_set_draws_is_drawn_alike(world: int) -> None:
+    """Also in a loop that trains nothing, where ranks draw numbers of their leaves between two steps of the stream."""
+
+    def rank_main(_rank: int) -> list[float]:
+        with shoal.init("ddp", leaves=3, run_dir="none", device="cpu") as job:
+            model = nn.Linear(1, 1)
+            source = DataLoader(Files(), batch_size=6)
+            _, _, loader = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), source)
+            return [x.sum().item() for x, _ in loader if job._feed.handed.leaf is not None]
+
+    alone = run(1, rank_main)[0]
+    assert sorted(v for mine in run(world, rank_main) for v in mine) == sorted(alone)
+
+
 def test_a_set_that_divides_itself_is_named() -> None:
     def rank_main(rank: int) -> list[int]:
         with shoal.init("ddp", leaves=2, run_dir="none", device="cpu") as job:
