@@ -22,6 +22,7 @@ from shoal.collectives import agree
 from shoal.comm.meet import Meeting, Want
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, SeededBatch, remake, steps_of_loader
+from shoal.data.stream import StreamLoader
 from shoal.engine.engine import Engine
 from shoal.engine.precision import each_tensor
 from shoal.errors import BatchError, DivergedError, OrderError, SettingError
@@ -193,6 +194,8 @@ class _Dealt(NamedTuple):
 def _deal(loader: Iterable[object], feed: LeafFeed) -> _Dealt:
     """Neighbouring batches to one rank where they can be counted; else each rank reads all and takes every n-th."""
     cell, cells = feed.cell, feed.mesh.cells
+    if isinstance(loader, StreamLoader):
+        loader = loader.source
     counted = _counted(loader, feed)
     if counted is not None:
         source, batches = counted

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shoal import export, resume
 from shoal.average import Average
@@ -28,6 +28,7 @@ from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
 from shoal.data.micro import check_count, end_leaf, micro_steps
+from shoal.data.stream import StreamLoader
 from shoal.dropin.strays import Strays, ours
 from shoal.engine import habits, holding, setup
 from shoal.engine.binding import Binding
@@ -342,6 +343,8 @@ class Job(Verbs):
         return self._keep(loader)
 
     def _wrap(self, source: DataLoader[object]) -> Loader[object]:
+        if isinstance(source.dataset, IterableDataset):
+            return self._keep(StreamLoader(self._feed, source, self._meeting))
         return self._keep(Loader(self._feed, source, steps_of_loader(source, self.seed, self._say)))
 
     def _keep(self, loader: Loader[T]) -> Loader[T]:

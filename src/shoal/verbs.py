@@ -18,6 +18,7 @@ from shoal.engine.binding import Binding
 from shoal.evaluation import Evaluation, Metrics, Predict, evaluate
 from shoal.once import Main, once
 from shoal.pretrained.fill import Pretrained, load_pretrained
+from shoal.random import mix
 from shoal.tracked import Tracked
 from shoal.trackers.protocol import Tracker
 from shoal.tracking import Tracking, check_log, facts_of, numbers, share_of_peak
@@ -124,10 +125,10 @@ class Verbs:
 
     @property
     def main(self) -> Main:
-        """True on rank 0: `if job.main: ...` is for what one rank does (prints, files).
+        """True on rank 0, for what one rank does alone (prints, files) in `if job.main`.
 
-        Calls of the job do not belong in it. For work that takes longer than `timeout` enter it, as the others' waits
-        end otherwise: `with job.main as here: ...` gives the same bool and stops their clock.
+        Calls of the job do not belong there. For work that takes longer than `timeout` enter it, as the others' waits
+        end otherwise; `with job.main as here` gives the same bool and stops their clock.
         """
         return Main(self._together.world.carrier)
 
@@ -216,6 +217,21 @@ class Verbs:
             share = share_of_peak(latest, peak_flops, flops_per_token)
             said = numbers(values) | facts_of(latest, self.device)
             self._tracking.log(self._feed.step, every, tokens, share, said)
+
+    # ---------------------------------------------------------------- data
+
+    def generator(self, name: str = "") -> torch.Generator:
+        """A generator of its own for the leaf that comes next, for loops that draw their own batches.
+
+        Call it once per leaf, before forward. It is seeded from (job seed, step, leaf, name): whoever computes a leaf,
+        at any world size, draws the same numbers, and ranks draw different ones.
+
+        Args:
+            name: of what is drawn, where a leaf draws several things: equal names draw equal numbers.
+        """
+        leaf = self._feed.leaf_now()
+        drawn = torch.Generator()  # on the CPU: the same numbers whatever the device
+        return drawn.manual_seed(mix("draw", self._feed.seed, self._feed.step, 0 if leaf is None else leaf, name))
 
     # ---------------------------------------------------------------- state
 

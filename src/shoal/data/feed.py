@@ -82,6 +82,13 @@ class LeafFeed:
         """Steps that have acted."""
         return max((engine.steps for engine in self.engines), default=0)
 
+    def leaf_now(self) -> int | None:
+        """The leaf that this rank works on, or comes to next; None: none in this turn."""
+        if self.handed is not None or not self.engines:
+            return None if self.handed is None else self.handed.leaf
+        engine = self.engines[0]
+        return engine.turns.leaf(self.cell, engine.turn)
+
     def new_turns(self, present: int) -> Turns:
         """The leaves of a step of which the first `present` have data."""
         assignment = setup.leaves_of(self.strategy, self.mesh, rules(self.strategy))

@@ -139,8 +139,13 @@ def steps_of_dataset(
     """Every step takes the next `global_batch` samples, cut into equal leaves; the last ones may be short or missing.
 
     Raises:
-        BatchError: the leaves do not divide the global batch.
+        BatchError: the leaves do not divide the global batch, or samples have no numbers.
     """
+    if isinstance(dataset, IterableDataset):
+        raise BatchError(
+            "job.loader reads an IterableDataset, whose samples have no numbers to count out",
+            remedy="pass a DataLoader of it to job.prepare; or a map-style dataset (with __len__ and __getitem__)",
+        )
     total = len(cast(Sized, dataset))
 
     def steps(epoch: int, leaves: int) -> list[list[LeafBatch]]:
@@ -176,13 +181,8 @@ def steps_of_loader(loader: DataLoader[object], seed: int, say: Callable[[str], 
     """A step takes as many of the loader's own batches as there are leaves.
 
     Raises:
-        BatchError: a loader whose batches cannot be counted out: an iterable dataset, or batch_size=None.
+        BatchError: a loader whose batches cannot be counted out, as batch_size=None.
     """
-    if isinstance(loader.dataset, IterableDataset):
-        raise BatchError(
-            "the loader reads an IterableDataset, whose samples have no numbers to count out",
-            remedy="a map-style dataset (with __len__ and __getitem__)",
-        )
     sampler = cast("Iterable[Sequence[int]] | None", loader.batch_sampler)
     if sampler is None:
         raise BatchError("the loader has batch_size=None", remedy="give the DataLoader a batch_size")
