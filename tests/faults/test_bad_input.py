@@ -161,7 +161,7 @@ CONFIGURATION: dict[str, Mistake] = {
         "global_batch=10 does not divide into leaves=4 equal micro-batches|global_batch=8 or 12",
     ),
     "iterable data": (
-        lambda: Bench().prepare(DataLoader(Stream())),
+        lambda: Bench().job.loader(Stream(), global_batch=4),
         errors.BatchError,
         "IterableDataset, whose samples have no numbers|map-style",
     ),
