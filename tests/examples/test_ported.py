@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import runpy
 import sys
@@ -13,7 +12,9 @@ import pytest
 import torch
 
 import shoal
-from shoal.trace import Trace
+from shoal.against import near
+from shoal.trace import By, Trace
+from shoal.verify import compare
 from tests.pool import Pool
 
 PORTED = Path(__file__).parents[2] / "examples" / "ported"
@@ -32,7 +33,7 @@ LEAVES = 6
 def run(path: str, argv: list[str]) -> None:
     """Run a program as `python path argv...` would, in a process that goes on after it."""
     jobs: list[shoal.Job] = []
-    init, before = shoal.init, sys.argv
+    init, before, dtype, threads = shoal.init, sys.argv, torch.get_default_dtype(), torch.get_num_threads()
 
     def remembered(*args: object, **settings: object) -> shoal.Job:
         jobs.append(init(*args, **settings))  # type: ignore[arg-type]
@@ -45,27 +46,27 @@ def run(path: str, argv: list[str]) -> None:
         shoal.init, sys.argv = init, before
         for job in jobs:
             job.close()  # as the interpreter's end would
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
 
 
-def trained(pool: Pool, name: str, folder: Path, world: int, strategy: str, *more: str) -> tuple[int, str]:
-    """Run a ported program. Returns how many steps acted, and the sha256 of all models after each."""
-    work, trace = folder / f"{world} {strategy}", Trace(folder / f"trace {world} {strategy}", 10**6)
-    work.mkdir()
-    trace.path.mkdir()
-    env = {**trace.variable(), "SHOAL_STRATEGY": strategy, "SHOAL_LEAVES": str(LEAVES), "SHOAL_RUN_DIR": "none"}
+def trained(
+    pool: Pool, name: str, folder: Path, world: int, strategy: str, *, leaves: int = LEAVES, by: By = By.SHOAL,
+    double: bool = False,
+) -> Trace:  # fmt: skip
+    """Run a ported program. Returns all models after every step that acted."""
+    work = folder / f"{world} {strategy} {by.name} {double}"
+    trace = Trace(work / "trace", 10**6, by, double=double)
+    trace.path.mkdir(parents=True)
+    env = {**trace.variable(), "SHOAL_STRATEGY": strategy, "SHOAL_LEAVES": str(leaves), "SHOAL_RUN_DIR": "none"}
     path = str(PORTED / f"{name}.py")
     before = Path.cwd()
     os.chdir(work)
     try:
-        pool.run(run, path, [*SHORT[name], *more], world=world, env=env, timeout=100)
+        pool.run(run, path, SHORT[name], world=world, env=env, timeout=100)
     finally:
         os.chdir(before)
-    digest, states = hashlib.sha256(), trace.states()
-    for state in states:
-        for key, value in state.items():
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return len(states), digest.hexdigest()
+    return trace
 
 
 def changed(name: str) -> int:
@@ -100,9 +101,10 @@ def test_the_page_shows_the_difference(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHORT)
 def test_two_ranks_end_in_the_bits_of_one(name: str, pool: Pool, tmp_path: Path) -> None:
-    steps, alone = trained(pool, name, tmp_path, 1, "ddp")
-    assert steps >= 2
-    assert trained(pool, name, tmp_path, 2, "zero3") == (steps, alone)
+    alone, together = trained(pool, name, tmp_path, 1, "ddp"), trained(pool, name, tmp_path, 2, "zero3")
+    report = compare(together.states(), alone.states())
+    assert report.equal, report
+    assert report.steps >= 2
 
 
 @pytest.mark.slow
@@ -112,7 +114,29 @@ def test_two_ranks_end_in_the_bits_of_one(name: str, pool: Pool, tmp_path: Path)
 def test_any_number_of_ranks_ends_in_the_bits_of_one(
     name: str, world: int, strategy: str, pool: Pool, tmp_path: Path
 ) -> None:
-    assert trained(pool, name, tmp_path, world, strategy) == trained(pool, name, tmp_path, 1, "zero3")
+    alone, together = trained(pool, name, tmp_path, 1, "zero3"), trained(pool, name, tmp_path, world, strategy)
+    report = compare(together.states(), alone.states())
+    assert report.equal, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_one_leaf_is_torch_alone(name: str, pool: Pool, tmp_path: Path) -> None:
+    """As `shoal verify --plain` sees it."""
+    runs = (trained(pool, name, tmp_path, 1, "ddp", leaves=1, by=by) for by in (By.SHOAL, By.ALONE))
+    report = compare(*(trace.states() for trace in runs))
+    assert report.equal, report
+    assert report.steps >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_two_leaves_are_torchs_ddp(name: str, pool: Pool, tmp_path: Path) -> None:
+    """As `shoal verify --plain` sees it, in float64."""
+    shoal = trained(pool, name, tmp_path, 2, "zero3", leaves=2, double=True)
+    report = near(shoal.states(), trained(pool, name, tmp_path, 2, "ddp", leaves=2, by=By.DDP, double=True).states())
+    assert report.equal, report
+    assert report.steps >= 2
 
 
 @pytest.mark.slow

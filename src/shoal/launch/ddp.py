@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import cast
@@ -15,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 def join() -> int:
     """Form torch's process group with the other ranks that `launch` has started. Returns this rank."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
     dist.init_process_group("gloo")
     return dist.get_rank()
 
