@@ -18,7 +18,8 @@ class Names:
     """`model.module` and `model.no_sync()`, as torch's wrapper has them, on the user's own model.
 
     `module` is the model itself. `no_sync` does nothing, and is right: gradients travel when the leaf is over, however
-    many backward calls it has. A model that has such a name already keeps its own.
+    many backward calls it has. A model that has such a name already keeps its own. Models of transformers get no
+    `module`: their `save_pretrained` would follow it for ever.
 
     Args:
         model: the prepared one.
@@ -26,7 +27,9 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        wanted: dict[str, object] = {"module": model, "no_sync": nullcontext}
+        wanted: dict[str, object] = {"no_sync": nullcontext}
+        if not hasattr(model, "save_pretrained"):  # which looks for the last `.module` of all
+            wanted["module"] = model
         self.given = {name: value for name, value in wanted.items() if not hasattr(model, name)}
         model.__dict__.update(self.given)  # past nn.Module, which would make a submodule of it
 
