@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ PAGES = [p for p in WITH_CODE if p != QUESTIONS]
 TOGETHER = """
 import sys
 for number, block in enumerate(sys.argv[1:], 1):
-    exec(compile(f"import shoal\\n{block}", f"question {number}", "exec"), {"__name__": "__main__"})
+    exec(compile(f"import shoal\\n{block}", f"block {number}", "exec"), {"__name__": "__main__"})
 """
+"""In one process, each block with names of its own: to import torch for each of them would take minutes."""
 
 
 def blocks_of(text: str) -> list[str]:
@@ -28,24 +30,21 @@ def blocks_of(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_runs(page: Path, tmp_path: Path) -> None:
-    for number, block in enumerate(blocks_of(page.read_text())):
-        script = tmp_path / f"block{number}.py"
-        script.write_text(f"import shoal\n{block}")
-        ended = subprocess.run(
-            [sys.executable, "-W", "error", str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100
-        )
-        assert ended.returncode == 0, f"{page.name}, block {number}:\n{ended.stderr}"
+    run_together(blocks_of(page.read_text()), tmp_path)
+
+
+def run_together(blocks: Sequence[str], folder: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", TOGETHER, *blocks]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_fifty_questions_are_answered_and_run(tmp_path: Path) -> None:
-    """In one process, each answer with names of its own: fifty would spend minutes on importing torch."""
     asked = re.findall(r"^### (\d+)\. .*\?$", QUESTIONS.read_text(), flags=re.MULTILINE)
     assert asked == [str(number) for number in range(1, 51)]
     each = [blocks_of(part) for part in QUESTIONS.read_text().split("\n### ")[1:]]
     assert all(len(found) == 1 and "assert " in found[0] for found in each)
-    command = [sys.executable, "-W", "error", "-c", TOGETHER, *(found[0] for found in each)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 0, ended.stderr
+    run_together([found[0] for found in each], tmp_path)
 
 
 def test_readme_shows_the_rules_as_they_are() -> None:

@@ -63,6 +63,7 @@ def test_the_page_has_the_exact_numbers(bench: dict[str, ModuleType], tmp_path: 
         assert str(seen) in part.splitlines(), f"docs/claims.md, {claim.words}: run benchmarks/claims.py --page"
 
 
+@pytest.mark.slow
 def test_claims_about_time_are_judged(bench: dict[str, ModuleType], tmp_path: Path) -> None:
     file, page = tmp_path / "claims.json", tmp_path / "page.md"
     page.write_text(PAGE.read_text())

@@ -19,6 +19,7 @@ def ran(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_three_architectures_have_the_same_bits(tmp_path: Path) -> None:
     file = tmp_path / "zoo.json"
     done = ran("--only", "t5", "mixtral", "resnet", "--json", str(file))

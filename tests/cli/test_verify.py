@@ -118,6 +118,7 @@ def trials(workplace: Path) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_a_script_with_the_same_bits(workplace: Path) -> None:
     done = verify("--steps", "2", "train.py")
     assert (done.exit_code, done.stdout) == (
@@ -136,6 +137,7 @@ def test_a_script_whose_ranks_compute_different_losses() -> None:
     assert (report["strategy"], report["workers"], report["steps"]) == ("zero1", 2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_script_against_itself_without_shoal() -> None:
     """A loss that hangs on the rank is one of DDP's habits: there it is the same, and as one batch it is another."""

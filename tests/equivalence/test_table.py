@@ -69,6 +69,7 @@ def test_pending_updates_change_nothing(
     assert got == clipped(leaves, clip)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("memory", ["300KiB", "500KiB", "550KiB"])
 @pytest.mark.parametrize("leaves", [2, 4, 6])
 @pytest.mark.parametrize(("world", "ranks_per_copy", "common"), [(2, 2, False), (4, 2, False), (2, 2, True)])
@@ -81,6 +82,7 @@ def test_budgets_change_nothing(
     assert got == one_process(leaves, "adamw", "float32")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("leaves", "precision", "common"), [(4, "float32", False), (6, "bfloat16", True)])
 @pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (1, 2, 3, 4)])
 def test_layerwise_updates_change_nothing(

@@ -10,6 +10,7 @@ from tests.examples.short import alone, load, program
 from tests.pool import Pool
 
 
+@pytest.mark.slow
 def test_as_a_program(pool: Pool) -> None:
     said = program("breast_cancer", "--epochs", "1", "--strategy", "zero3", "--workers", "2")
     one = alone(pool, "breast_cancer", {}, "--epochs", "1")

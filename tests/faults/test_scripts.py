@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,12 @@ RAISED = "rank {} failed:\nTraceback (most recent call last):\n"
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 EARLY = "rank {} has finished and closes the job"
 """Said by who waits for a transfer, or finds it where all ranks meet."""
+slow = partial(pytest.param, marks=pytest.mark.slow)
 CASES = [
     ("gloo", "raise ValueError('boom')", 1, 1, RAISED, "rank {} failed"),
-    ("shared", "raise ValueError('boom')", 1, 1, RAISED, "rank {} failed"),
+    slow("shared", "raise ValueError('boom')", 1, 1, RAISED, "rank {} failed"),
     ("gloo", "sys.exit(3)", 1, 1, "rank {} left with exit code 3\n", EARLY),
-    ("gloo", KILL, 0, 1, "rank {} was killed by SIGKILL\n", "rank {} is gone"),
+    slow("gloo", KILL, 0, 1, "rank {} was killed by SIGKILL\n", "rank {} is gone"),
     ("shared", KILL, 0, 1, "rank {} was killed by SIGKILL\n", "rank {} is gone"),
     ("shared", "raise shoal.errors.BatchError('boom')", 0, 2, RAISED, "rank {} failed"),
 ]

@@ -84,7 +84,7 @@ def test_one_of_three_is_stopped(
     assert "    rank 1 runs since '" in errors[0].what
 
 
-@on_every_carrier
+@pytest.mark.parametrize("carrier", ["gloo", pytest.param("shared", marks=pytest.mark.slow)])
 def test_a_rank_works_too_long(carrier: str, pool: Pool, tmp_path: Path) -> None:
     """It hears of it when it comes back."""
     cases = [("zero3", "forward", "nap", 1), ("ddp", "between", "compute", 0)]
@@ -97,7 +97,7 @@ def test_a_rank_works_too_long(carrier: str, pool: Pool, tmp_path: Path) -> None
         assert after(folder, results[busy]) < TIMEOUT + SLACK
 
 
-@on_every_carrier
+@pytest.mark.parametrize("carrier", [pytest.param("gloo", marks=pytest.mark.slow), "shared"])
 def test_a_lease_stops_the_count(carrier: str, pool: Pool, tmp_path: Path) -> None:
     """One rank alone works for longer than the time-out, under a lease."""
     cases = [("zero3", "whole", "nap", 0), ("ddp", "save", "nap", 1)]

@@ -89,6 +89,7 @@ with shoal.init(timeout=10, run_dir="none") as job:
 """
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_all_ranks() -> None:
     """One rank had joined before the restart, the other had not."""
     done = started([*TORCHRUN, "--max-restarts", "1"], RESTARTED)
