@@ -3,9 +3,10 @@
     python benchmarks/overhead.py [--quick] [--json FILE] [--ranks 2] [--profile]
 
 In every process a plain loop and one with shoal take turns, step by step, with the same model, batch and optimizer, its
-arguments left as torch has them. A ratio is the median over the ratios of neighbouring steps. In a world of one the rest
-is Python; with `--ranks 2` the rows also have what is sent, over shared memory and over gloo. `--profile` shows
-where shoal's steps spend their time, by file and function.
+arguments left as torch has them. A ratio is the median over the ratios of neighbouring steps, `work` the same of
+processor time, which other programs disturb less. In a world of one the rest is Python; with `--ranks 2` the rows
+also have what is sent, over shared memory and over gloo. `--profile` shows where shoal's steps spend their time, by
+file and function.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -57,11 +59,15 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Medians over rounds: seconds of a step, and shoal's step over its neighbour."""
+    """Medians over rounds: seconds of a step, and shoal's step over its neighbour.
+
+    `work`: the same ratio of processor time, which other processes on the machine do not disturb.
+    """
 
     plain: float
     shoal: float
     ratio: float
+    work: float
     first: float
     units: int
 
@@ -82,15 +88,22 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> Callable[[], float]:
-    """A whole step; returns its seconds."""
+class Took(NamedTuple):
+    """Seconds, and seconds of processors."""
 
-    def step() -> float:
-        begin = time.perf_counter()
+    time: float
+    work: float
+
+
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> Callable[[], Took]:
+    """A whole step."""
+
+    def step() -> Took:
+        begin, work = time.perf_counter(), time.process_time()
         model(batch).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - begin
+        return Took(time.perf_counter() - begin, time.process_time() - work)
 
     return step
 
@@ -106,7 +119,7 @@ def run(case: Case, profile: bool) -> Found:
         units = {} if case.unit_bytes is None else {"units": case.unit_bytes}
         model, optimizer = job.prepare(model, OPTIMIZERS[case.optimizer](model), **units)
         ours = stepper(model, optimizer, batch)
-        first = ours()
+        first = ours().time
         for _ in range(WARM_UP):
             plain(), ours()
         pairs = [(plain(), ours()) for _ in range(case.rounds)]
@@ -116,12 +129,13 @@ def run(case: Case, profile: bool) -> Found:
             ours()
         count = len(job._all_bound()[0].engine.units)
     return Found(
-        plain=statistics.median(p for p, _ in pairs), shoal=statistics.median(o for _, o in pairs),
-        ratio=statistics.median(o / p for p, o in pairs), first=first, units=count,
+        plain=statistics.median(p.time for p, _ in pairs), shoal=statistics.median(o.time for _, o in pairs),
+        ratio=statistics.median(o.time / p.time for p, o in pairs),
+        work=statistics.median(o.work / p.work for p, o in pairs), first=first, units=count,
     )  # fmt: skip
 
 
-def show_profile(step: Callable[[], float], case: Case) -> None:
+def show_profile(step: Callable[[], Took], case: Case) -> None:
     profile = cProfile.Profile()
     profile.enable()
     step()
@@ -169,7 +183,7 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
 
 def lines(case: Case, found: Found) -> Iterator[dict[str, object]]:
     """As all benchmarks write them."""
-    for metric, unit in (("ratio", "x"), ("plain", "s"), ("shoal", "s"), ("first", "s"), ("units", "")):
+    for metric, unit in (("ratio", "x"), ("work", "x"), ("plain", "s"), ("shoal", "s"), ("first", "s"), ("units", "")):
         yield {"bench": "overhead", "case": str(case), "metric": metric, "value": getattr(found, metric), "unit": unit}
 
 
@@ -194,8 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = visit(case, asked.profile)
         rows += lines(case, found)
         print(
-            f"{str(case):52} plain {found.plain * 1e3:8.2f} ms  shoal {found.shoal * 1e3:8.2f} ms  "
-            f"{found.ratio:5.2f} x  first {found.first:6.2f} s  {found.units} units", flush=True,
+            f"{case!s:52} plain {found.plain * 1e3:8.2f} ms  shoal {found.shoal * 1e3:8.2f} ms  "
+            f"{found.ratio:5.2f} x  work {found.work:5.2f} x  first {found.first:6.2f} s  {found.units} units",
+            flush=True,
         )  # fmt: skip
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1) + "\n")

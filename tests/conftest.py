@@ -8,6 +8,7 @@ from typing import Protocol
 
 import pytest
 
+from shoal.engine import units
 from tests.pool import Pool
 
 LEFT = pytest.StashKey[dict[str, int]]()
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(HERE).parts[0] in PROCESSES:
             item.add_marker(pytest.mark.xdist_group("processes"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_units() -> Iterator[None]:
+    """Every block of the tests' small models is a unit of its own, as blocks of large ones are. `units=` says otherwise."""
+    before, units.SIZE = units.SIZE, 0
+    yield
+    units.SIZE = before
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around, together
 from shoal.engine.updates import Decided, Updates
+from shoal.engine.visits import Visits
 from shoal.errors import OrderError, PlanError
 from shoal.leaves import Assignment
 from shoal.random import mix
@@ -62,6 +63,7 @@ class Engine:
         self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes)
         self.updates = Updates(self.gradients, self._renew)
         self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
+        self.visits = Visits(self._let_go)
         self.set_leaves(assignment, leaves, twig)
         self.plan: Plan | None = None
         self.expected = Counter[int]()
@@ -85,7 +87,8 @@ class Engine:
         """Fix the leaves of a step. Only between steps."""
         self.assignment, self.leaves, self.twig = assignment, leaves, twig
         self.every_leaf = every_leaf(self.rules[Moment.AFTER_BACKWARD])
-        self.gathers = any(r.op is Op.GATHER for r in self.rules[Moment.BEFORE_FORWARD])
+        away = any(not u.resident for u in self.units)
+        self.gathers = away and any(r.op is Op.GATHER for r in self.rules[Moment.BEFORE_FORWARD])
         self.meeting.make_room(max(8 * leaves, len(self.gradients.names) // 8 + 2 + _OVERFLOW.size))
         self._new_step(leaves)
 
@@ -187,6 +190,7 @@ class Engine:
         acted = self.turn == 0
         if leaf is not None:
             self.gradients.drop_held(leaf)
+            self.visits.forget()
             self.presence.free_all()
             self.buffers.end(self.mesh.cell if acted else None, 1.0)
         if acted and any(self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed]))):
@@ -242,6 +246,7 @@ class Engine:
         elif self.turns.reduces(self.turn):
             for unit in trainable:
                 self.gradients.start(unit, leaf)
+        self.visits.forget()
         self.presence.free_all()
         if self.plan is None and self.overlap:
             self._make_plan(leaf)
@@ -298,7 +303,7 @@ class Engine:
             self.gradients.hand_out(unit, self.decided.touched, apart=self.decided.apart)
         self.settled = True
 
-    def update(self, update: Callable[[Unit], None]) -> None:
+    def update(self, update: Callable[[Sequence[Unit]], None]) -> None:
         """Bring units up to date, one by one. With `later` set they may stay behind until somebody needs them."""
         assert self.decided is not None
         self.updates.decide(self.gradients.units, replace(self.decided, update=update), later=self.later)
@@ -359,7 +364,8 @@ class Engine:
             case Op.REDUCE | Op.AGREE:
                 raise AssertionError(f"{op} travels: see Gradients.start")
 
-    def before_forward(self, units: Iterable[Unit]) -> None:
+    def before_forward(self, units: Iterable[Unit], block: nn.Module) -> None:
+        self.visits.enter(units, block)
         for unit in units:
             self.updates.bring(unit)
             if self.recording and self.leaf is not None:
@@ -367,7 +373,9 @@ class Engine:
             self.at(Moment.BEFORE_FORWARD, unit)
         self.updates.advance()
 
-    def after_forward(self, units: Iterable[Unit], outputs: Sequence[Tensor], *, recomputing: bool) -> None:
+    def after_forward(
+        self, units: Iterable[Unit], block: nn.Module, outputs: Sequence[Tensor], *, recomputing: bool
+    ) -> None:  # fmt: skip
         """Free the units of a block, unless its backward is near or would go unnoticed."""
         for unit in units:
             if recomputing or unit.resident or self.leased:
@@ -376,14 +384,24 @@ class Engine:
                 torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
             ):
                 self.presence.keep(unit)
-            else:
+            elif self.visits.leave(unit, block):
                 self.at(Moment.AFTER_FORWARD, unit)
 
-    def before_backward(self, units: Iterable[Unit]) -> None:
+    def forward_ends(self) -> None:
+        """The model's output is there. What follows may be its backward, if a leaf is under way."""
+        if self.leaf is None:
+            self.visits.end()
+
+    def _let_go(self, unit: Unit) -> None:
+        """Nobody is inside a unit of several blocks any more, and something else is entered."""
+        self.at(Moment.AFTER_FORWARD, unit, Op.FREE)
+
+    def before_backward(self, units: Iterable[Unit], block: nn.Module) -> None:
         """The gradient of a block's output is there."""
         if self.leaf is None:
             raise self._no_leaf()
         entered = self._call(self.leaf)
+        self.visits.enter(units, block)
         for unit in units:
             entered.add(unit.index)
             self.at(Moment.BEFORE_BACKWARD, unit)
@@ -404,36 +422,42 @@ class Engine:
             at_end_of_backward(lambda: self.backward_done(call))
         return leaf.backwards[call]
 
-    def after_backward(self, units: Iterable[Unit]) -> None:
+    def after_backward(self, units: Iterable[Unit], block: nn.Module, ends: Iterable[tuple[Unit, int]]) -> None:
         """The gradient of a block's input is there: all that came after it is done."""
         if self.leaf is not None:
+            if not units:  # of the blocks around: plans put what they lack before that
+                self.visits.end()
+            for unit, end in ends:
+                self._complete(unit, end)
             for unit in units:
-                self._complete(unit)
+                if self.visits.leave(unit, block):
+                    self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
             self.presence.pump()
 
-    def _complete(self, unit: Unit) -> None:
-        """The backward of a unit's block is over for now; the first leaf has shown whether for good."""
+    def _complete(self, unit: Unit, end: int) -> None:
+        """The backward of one of a unit's ends is over for now; the first leaf has shown whether for good."""
         leaf = self.leaf
         assert leaf is not None
-        if unit.index in leaf.fresh:
-            leaf.fresh.discard(unit.index)
-            leaf.record.add(Act.REDUCE, unit.index)
-            if leaf.cursor is not None and leaf.record.times[unit.index] == self.expected[unit.index]:
-                self.gradients.take(unit, leaf)
-        self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
+        if end in leaf.fresh:
+            leaf.fresh.discard(end)
+            leaf.record.add(Act.REDUCE, unit.index, end)
+            if leaf.cursor is not None and leaf.record.times[end] == self.expected[end]:
+                leaf.complete[unit.index] += 1
+                if leaf.complete[unit.index] == len(unit.ends):  # an end without gradients is waited for in vain
+                    self.gradients.take(unit, leaf)
 
-    def before_gradient(self, name: str, param: nn.Parameter) -> None:
-        """Autograd is about to add to `param.grad`: give it what earlier backward calls of this leaf left there."""
-        self.backward_begins()
-        self.gradients.show(name, param)
-
-    def after_gradient(self, unit: Unit, name: str) -> None:
-        """One gradient has been added."""
-        leaf = self.leaf
+    def after_gradient(self, unit: Unit, name: str, param: Tensor) -> None:
+        """One gradient has been added. Called once per parameter: it does no more than it must."""
+        leaf = self.presence.leaf
         if leaf is None:
             raise self._no_leaf()
-        self.presence.check_here(unit)
-        leaf.fresh.add(unit.index)
+        if graph_task() not in leaf.backwards:
+            self._call(leaf)
+        if self.gradients.added or self.gradients.stale:
+            self.gradients.show(name, param)
+        if not unit.here:
+            self.presence.check_here(unit)
+        leaf.fresh.add(unit.end_of[name])
         leaf.touched.add(name)
         if unit.index in leaf.done:
             raise PlanError(
@@ -455,9 +479,13 @@ class Engine:
         if leaf is None:
             return
         entered = leaf.backwards.pop(call, set())
-        for unit in reversed(self.units):
-            if not leaf.backwards or unit.index in entered:
-                self._complete(unit)
+        over = [u for u in reversed(self.units) if not leaf.backwards or u.index in entered]
+        self.visits.leave_all(over, for_good=not leaf.backwards)
+        for unit in over:
+            for end in unit.ends if leaf.fresh else ():
+                self._complete(unit, end)
+            if not unit.merged:
+                self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
         if not leaf.backwards:
             self.gradients.hide()
         self.presence.pump()

@@ -36,7 +36,8 @@ class Leaf:
     cursor: Cursor | None
     record: Record = field(default_factory=Record)
     entered: list[int] = field(default_factory=list[int])  # units in the order of the forward, in a leaf without a plan
-    fresh: set[int] = field(default_factory=set[int])  # units that got gradients since they were last complete
+    fresh: set[int] = field(default_factory=set[int])  # ends that got gradients since they were last complete
+    complete: Counter[int] = field(default_factory=Counter[int])  # per unit, ends that have been so as often as planned
     done: set[int] = field(default_factory=set[int])  # units whose gradients are taken
     touched: set[str] = field(default_factory=set[str])
     keep: set[int] = field(default_factory=set[int])  # units that must stay until the leaf ends

@@ -29,7 +29,7 @@ from shoal.engine.hooks import install
 from shoal.engine.precision import compute_dtype, keepers, kept
 from shoal.engine.scale import LossScale
 from shoal.engine.unit import Part, Unit
-from shoal.engine.units import choose, parts
+from shoal.engine.units import choose, parts, wish
 from shoal.errors import DivergedError, ModelError
 from shoal.leaves import assign
 from shoal.rules import Rules, every_leaf
@@ -49,7 +49,7 @@ class Wanted:
     meeting: Meeting
     overlap: bool
     pending: bool
-    units: Sequence[str] | None
+    units: Sequence[str] | int | None
     elementwise: bool | None
     float32: Sequence[str]
     fill: Fill | None
@@ -74,14 +74,19 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
         check_model(model, w.mesh.world.size, w.device)
     optim.check(optimizers, model)
     granules = optim.granules(optimizers, model, w.elementwise)
-    blocks = choose(model, w.units)
+    named, size = wish(w.units)
+    blocks = choose(model, named)
     keep = keepers(model, w.float32)
-    cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules, keep)
+    cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules, keep, size=size)
     compare(describe(model, optimizers, cut, w), w.meeting)
     same_start(model, w.mesh.data, w.say)
     group_names = [optim.group_names(optimizer, model) for optimizer in optimizers]
     resident = w.strategy.shard < Shard.PARAMETERS
-    units = [Unit(w.first + i, part, w.mesh.shard, resident=resident) for i, part in _filled(model, optimizers, cut, w)]
+    alone = w.mesh.data.size == 1
+    units = [
+        Unit(w.first + i, part, w.mesh.shard, resident=resident, alone=alone)
+        for i, part in _filled(model, optimizers, cut, w)
+    ]
     names: dict[nn.Parameter, str] = {}
     for optimizer in optimizers:
         names |= optim.point_to_pieces(optimizer, units)
@@ -90,14 +95,15 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     axes = axes_of(w.mesh, w.device) if s.numerics == "fast" else None
     engine = Engine(
         model, units, w.mesh, w.meeting, w.rules, leaves_of(s, w.mesh, w.rules), s.leaves, twig=s.twig,
-        overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None, axes=axes,
+        overlap=w.overlap and not alone, number=w.number, axes=axes,
+        scale=LossScale() if s.precision == "float16" else None,
     )  # fmt: skip
     engine.say = w.say
-    engine.gradients.gated = w.pending
+    engine.gradients.gated = w.pending and not alone
     handles = install(engine, compute_dtype(s), kept(model, w.float32))
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
-    binding.later = w.pending
+    binding.later = w.pending and not alone
     if w.mesh.shard.size > 1:
         handles += [handle for optimizer in optimizers for handle in guard_optimizer(optimizer)]
     handles += guard_model(engine)
@@ -119,7 +125,7 @@ def _filled(
     if meta and not isinstance(w.mesh.world.carrier, Meter):
         filler = Filler(model, optimizers, w.device, cast(int, w.facts["seed"]), w.fill)
     at = 0
-    for _, group in groupby(cut, key=lambda part: id(part.module)):
+    for _, group in groupby(cut, key=lambda part: part.group):
         parts = list(group)
         for part in filler.block(parts) if filler is not None else parts:
             yield at, part
