@@ -19,6 +19,7 @@ PROCESSES = (
     "benchmarks",
     "cli",
     "doctor",
+    "dropin",
     "examples",
     "faults",
     "gpu",
@@ -26,15 +27,22 @@ PROCESSES = (
     "processes",
     "system",
     "test_docs.py",
+    "test_notebook.py",
     "test_pool.py",
+    "test_spawn.py",
+    "tutorials",
 )
 """Tests that start processes: one after the other, beside those that do not."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(HERE).parts[0] in PROCESSES:
             item.add_marker(pytest.mark.xdist_group("processes"))
+        every = item.get_closest_marker("every")
+        if every is not None and sum(item.callspec.indices.values()) % every.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -85,10 +85,10 @@ class Host:
             if libc.setns(space.fileno(), CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), f"setns to {self.name} failed: {os.strerror(ctypes.get_errno())}")
 
-    def sent(self) -> int:
+    def sent(self, device: str = "eth0") -> int:
         """Bytes that its link has sent, headers included."""
-        (device,) = json.loads(sh("ip", "-n", self.name, "-s", "-j", "link", "show", "dev", "eth0"))
-        return device["stats64"]["tx"]["bytes"]
+        (found,) = json.loads(sh("ip", "-n", self.name, "-s", "-j", "link", "show", "dev", device))
+        return found["stats64"]["tx"]["bytes"]
 
 
 def sh(*args: str, lines: Sequence[str] = ()) -> str:

@@ -13,8 +13,10 @@ Run as: python -Pu pool_worker.py FILE_DESCRIPTOR SYS_PATH_AS_JSON
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -42,9 +44,11 @@ def main(descriptor: str, path: str) -> None:
     warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
     for name in PRELOAD:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # workers share these pages as long as nobody writes to them
     link = nursery(Connection(int(descriptor)))
     if link is not None:
-        work(link)
+        leave(work(link))
 
 
 def nursery(orders: Connection) -> Connection | None:
@@ -84,14 +88,24 @@ def become_worker(handle: int) -> Connection:
     return link
 
 
-def work(link: Connection) -> None:
-    """Answer calls until the link ends. `sys.exit` in a call ends the worker as it would end a program."""
+def work(link: Connection) -> int:
+    """Answer calls until the link ends, or one of them by `sys.exit`. Returns the exit code."""
     while True:
         try:
             request = link.recv_bytes()
+            link.send_bytes(answer(*pickle.loads(request)))
         except EOFError:
-            return
-        link.send_bytes(answer(*pickle.loads(request)))
+            return 0
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+def leave(code: int) -> None:
+    """As a program ends, but for the second that torch takes to tidy up what was copied from the nursery."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def answer(target: str, arguments: bytes, environment: dict[str, str], folder: str) -> bytes:

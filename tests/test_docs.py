@@ -12,22 +12,40 @@ import pytest
 from shoal.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
-PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in p.read_text()]
+QUESTIONS = ROOT / "docs" / "questions.md"
+WITH_CODE = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in p.read_text()]
+PAGES = [p for p in WITH_CODE if p != QUESTIONS]
+TOGETHER = """
+import sys
+for number, block in enumerate(sys.argv[1:], 1):
+    exec(compile(f"import shoal\\n{block}", f"question {number}", "exec"), {"__name__": "__main__"})
+"""
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+def blocks_of(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_runs(page: Path, tmp_path: Path) -> None:
-    for number, block in enumerate(blocks(page)):
+    for number, block in enumerate(blocks_of(page.read_text())):
         script = tmp_path / f"block{number}.py"
         script.write_text(f"import shoal\n{block}")
         ended = subprocess.run(
             [sys.executable, "-W", "error", str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100
         )
         assert ended.returncode == 0, f"{page.name}, block {number}:\n{ended.stderr}"
+
+
+def test_fifty_questions_are_answered_and_run(tmp_path: Path) -> None:
+    """In one process, each answer with names of its own: fifty would spend minutes on importing torch."""
+    asked = re.findall(r"^### (\d+)\. .*\?$", QUESTIONS.read_text(), flags=re.MULTILINE)
+    assert asked == [str(number) for number in range(1, 51)]
+    each = [blocks_of(part) for part in QUESTIONS.read_text().split("\n### ")[1:]]
+    assert all(len(found) == 1 and "assert " in found[0] for found in each)
+    command = [sys.executable, "-W", "error", "-c", TOGETHER, *(found[0] for found in each)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_readme_shows_the_rules_as_they_are() -> None:

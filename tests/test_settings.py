@@ -33,6 +33,7 @@ TEXTS = {
     "ranks_per_copy": ("host", "host"),
     "twig": ("2", 2),
     "precision": ("bfloat16", "bfloat16"),
+    "reduce": ("bfloat16", "bfloat16"),
     "masters": ("false", False),
     "cut": ("parameter", "parameter"),
     "numerics": ("fast", "fast"),
@@ -41,7 +42,10 @@ TEXTS = {
     "timeout": ("3", 3.0),
     "overlap": ("false", False),
     "pending": ("true", True),
+    "memory": ("1000", 1000),
+    "layerwise": ("true", True),
     "carrier": ("mpi", "mpi"),
+    "interface": ("eth0,eth1", "eth0,eth1"),
     "device": ("cpu", "cpu"),
     "run_dir": ("none", "none"),
 }
@@ -65,11 +69,27 @@ def test_every_setting_means_the_same_in_every_source(name: str, tmp_path: Path)
         assert found.origins[name] == origin
 
 
-@pytest.mark.parametrize("name", ["leaves", "ranks_per_copy", "device"])
+@pytest.mark.parametrize("name", ["leaves", "ranks_per_copy", "memory", "device"])
 def test_none_in_text_is_nothing_but_was_asked_for(name: str) -> None:
     resolved = resolve({name: "host" if name == "device" else 3}, environ={f"SHOAL_{name.upper()}": "none"}, cwd="/")
     assert getattr(resolved.settings, name) is None
     assert resolved.explicit(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("4096", 4096), ("512MiB", 2**29), ("2GB", 2 * 10**9), ("1.5 KiB", 1536), ("3kb", 3000), ("1TiB", 2**40)],
+)
+def test_memory_in_words(text: str, nbytes: int) -> None:
+    assert resolve({"memory": text}, environ={}, cwd="/").settings.memory == nbytes
+    assert resolve({}, environ={"SHOAL_MEMORY": text}, cwd="/").settings.memory == nbytes
+
+
+@pytest.mark.parametrize("value", ["lots", "3 apples", "-1", 0, 1.5])
+def test_memory_that_is_no_number_of_bytes(value: object) -> None:
+    with pytest.raises(SettingError, match="such as 512MiB or 2GB") as error:
+        resolve({"memory": value}, environ={}, cwd="/")
+    assert str(error.value).startswith(f"shoal[E02] memory={value!r} (code) does not fit")
 
 
 def test_none_in_code_says_nothing(tmp_path: Path) -> None:
@@ -91,6 +111,7 @@ def test_table_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         "ranks_per_copy  -        default",
         "twig            1        default",
         "precision       float32  default",
+        "reduce          float32  default",
         "masters         true     default",
         "cut             even     default",
         "numerics        exact    default",
@@ -99,7 +120,10 @@ def test_table_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         "timeout         60.0     default",
         "overlap         false    environment SHOAL_OVERLAP",
         "pending         false    default",
+        "memory          -        default",
+        "layerwise       false    default",
         "carrier         auto     default",
+        "interface       -        default",
         "device          -        default",
         "run_dir         -        default",
     ]
@@ -190,3 +214,42 @@ def test_what_a_mistake_reads_like(name: str, tmp_path: Path) -> None:
         resolve(code, environ=environ, cwd=tmp_path)
     assert str(caught.value).startswith(text)
     assert caught.value.exit_code == 2
+
+
+# -------------------------------------------------------------------- mixed_precision.*, another spelling
+
+
+@pytest.mark.parametrize(
+    ("text", "precision", "reduce"),
+    [
+        ("mixed_precision.enabled = true", "bfloat16", "float32"),
+        ("mixed_precision.enabled = true\nmixed_precision.allreduce_friendly = true", "bfloat16", "bfloat16"),
+        ("[job.mixed_precision]\nenabled = true\nallreduce_friendly = false", "bfloat16", "float32"),
+        ("mixed_precision.enabled = false", "float32", "float32"),
+        ("precision = 'bfloat16'\nmixed_precision.enabled = true", "bfloat16", "float32"),
+    ],
+)
+def test_mixed_precision(text: str, precision: str, reduce: str, tmp_path: Path) -> None:
+    (tmp_path / "shoal.toml").write_text(f"version = 1\n[job]\n{text}\n")
+    resolved = resolve({}, environ={}, cwd=tmp_path)
+    assert (resolved.settings.precision, resolved.settings.reduce) == (precision, reduce)
+    assert resolved.origins["precision"] == ("shoal.toml" if precision != "float32" else "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mixed_precision = true", r"is True, not a table[\s\S]*mixed_precision.enabled = true under \[job\]"),
+        ("mixed_precision.enable = true", r"unknown 'mixed_precision.enable'[\s\S]*did you mean 'enabled'"),
+        ("mixed_precision.enabled = 1", r"mixed_precision.enabled=1 \(shoal.toml\) does not fit[\s\S]*true or false"),
+        ("mixed_precision.allreduce_friendly = true", r"without mixed_precision.enabled[\s\S]*enabled = true"),
+        (
+            "precision = 'float16'\nmixed_precision.enabled = true",
+            r"precision='float16' contradicts mixed_precision.enabled in shoal.toml[\s\S]*one of the two",
+        ),
+    ],
+)
+def test_mixed_precision_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "shoal.toml").write_text(f"version = 1\n[job]\n{text}\n")
+    with pytest.raises(SettingError, match=said):
+        resolve({}, environ={}, cwd=tmp_path)

@@ -16,7 +16,8 @@
     |   `-- OrderError          E22  a call that makes no sense at this moment
     |-- PeerError               another rank cannot go on
     |   |-- PeerLost            E30  a rank died or left
-    |   `-- StalledError        E31  nobody moved for `timeout` seconds
+    |   |-- StalledError        E31  nobody moved for `timeout` seconds
+    |   `-- PeerFailed          E32  what a rank did for all of them has failed
     |-- CheckpointError         exit 4: a checkpoint cannot be used
     |   |-- DamagedError        E40  truncated, flipped or missing
     |   |-- ResumeError         E41  whole, but it does not fit this job
@@ -134,6 +135,12 @@ class StalledError(PeerError):
     """Nobody moved for `timeout` seconds."""
 
     code = "E31"
+
+
+class PeerFailed(PeerError):
+    """What a rank did for all of them has failed; all ranks are still there."""
+
+    code = "E32"
 
 
 class CheckpointError(ShoalError):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -16,30 +15,39 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shoal import export, resume
 from shoal.average import Average
 from shoal.checkpoint import check_keep, keep_newest
-from shoal.comm.group import Carrier
+from shoal.collectives import Collectives
+from shoal.comm.group import Carrier, current, latest
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
-from shoal.engine import holding, setup, units
+from shoal.data.micro import check_count, end_leaf, micro_steps
+from shoal.data.stream import StreamLoader
+from shoal.dropin.strays import Strays, ours
+from shoal.engine import habits, holding, setup, units
 from shoal.engine.binding import Binding
+from shoal.engine.budget import Budget
 from shoal.engine.fill import Fill
 from shoal.engine.ledger import Memory
-from shoal.errors import OrderError, SettingError
+from shoal.errors import OrderError
 from shoal.launch.rundir import RunDir, open_run_dir
-from shoal.logs import say
+from shoal.logs import say, warn
+from shoal.plain import PlainJob
 from shoal.random import seed as set_seed
 from shoal.rules import rules
-from shoal.settings import Resolved
-from shoal.start import Seat, find_carrier, settle_settings, strategy_of
+from shoal.settings import Resolved, check_together
+from shoal.start import Seat, find_carrier, settle_settings, strategy_of, tell_of_failure
 from shoal.strategy import Strategy
-from shoal.trace import Trace, Traced
+from shoal.trace import By, Trace, Traced
+from shoal.tracked import Tracked
+from shoal.tracking import Tracking
+from shoal.verbs import Verbs
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer | Sequence[Optimizer])  # noqa: E741
@@ -63,7 +71,10 @@ def init(
     timeout: float | None = None,
     overlap: bool | None = None,
     pending: bool | None = None,
+    memory: int | str | None = None,
+    layerwise: bool | None = None,
     carrier: str | None = None,
+    interface: str | None = None,
     run_dir: str | None = None,
 ) -> Job:
     """Start or join a job. Finds its place from torchrun's or `shoal run`'s environment, or is a world of one.
@@ -81,8 +92,14 @@ def init(
         overlap: transfer while computing; False allows any number of backward calls per leaf. Default True.
         pending: may updates and transfers be under way when `optimizer.step()` returns? Until the next forward needs
             them, parameters are placeholders then. Hides slow networks. Default False.
+        memory: bytes that a rank may use, such as "2GB": units stay gathered while there is room. Default: they are
+            freed after use.
+        layerwise: update a unit as soon as its gradient is there, while backward runs, and free that. No clipping, no
+            float16, no way back from a step that fails. Default False.
         carrier: what moves the bytes between ranks: "gloo" (TCP), "shared" (memory within hosts), "nccl", "mpi" (under
             mpirun), or "auto", the fastest there is.
+        interface: names of network interfaces, "eth0" or "eth0,eth1": large messages are spread over all of them;
+            default GLOO_SOCKET_IFNAME, else the one that leads to MASTER_ADDR.
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
 
     Raises:
@@ -93,18 +110,17 @@ def init(
     given: dict[str, object] = {
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
-        "numerics": numerics, "timeout": timeout, "overlap": overlap, "pending": pending, "carrier": carrier,
-        "run_dir": run_dir,
+        "numerics": numerics, "timeout": timeout, "overlap": overlap, "pending": pending, "memory": memory,
+        "layerwise": layerwise, "carrier": carrier, "interface": interface, "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
-    if resolved.settings.pending and not resolved.settings.overlap:
-        raise SettingError(
-            "pending=True with overlap=False",
-            cause="what is pending is overlapped with the next forward",
-            remedy="pending=False, or overlap=True",
-        )
+    check_together(resolved.settings)
+    traced = Trace.asked(os.environ if current.get() is None else {})
+    if traced is not None and traced.by is not By.SHOAL:
+        return cast(Job, PlainJob(traced, resolved))
     base = strategy_of(resolved, strategy)
-    carrying, place = find_carrier(resolved.settings.timeout, resolved.settings.carrier, resolved.settings.device)
+    s = resolved.settings
+    carrying, place = find_carrier(s.timeout, s.carrier, s.device, s.interface)
     try:
         return Job(base.settled(carrying.size, place.local_world), carrying, resolved, place)
     except BaseException as error:
@@ -113,7 +129,7 @@ def init(
         raise
 
 
-class Job:
+class Job(Verbs):
     """One training job, seen from one rank. Made by `shoal.init`; a context manager that closes itself."""
 
     device: torch.device
@@ -128,22 +144,28 @@ class Job:
         self._meeting = Meeting(self._mesh.world)
         self._meeting.make_room(32)
         self._bindings: dict[str, Binding] = {}
+        self._budget = Budget(s.memory, self._bindings, pending=s.pending, world=self._mesh.world, say=self._say)
         self._wanted: dict[str, setup.Wanted] = {}
         self._latest: Binding | None = None
         self._loaders: list[Loader[object]] = []
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._closed = False
         self._resumed: Path | None = None
+        self._strays = Strays(self._mesh.world)
+        latest.set(carrier)
         self._trace = Trace.asked(os.environ if place.own_process else {})
         self._feed.after_step = self._take_trace
         self.device = torch.device(s.device or _default_device(carrier))
+        self._together = Collectives(self._meeting, self.device)
         self.threads = s.threads
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(s.threads)
         self.run_dir: RunDir | None = open_run_dir(resolved) if carrier.rank == 0 and place.own_process else None
-        self._restore_hook = _tell_of_failure(carrier) if place.own_process else lambda: None
+        self._restore_hook = tell_of_failure(carrier) if place.own_process else lambda: None
         if place.own_process:
             atexit.register(self.close)
+        self._tracked = Tracked(self._say)
+        self._tracking = Tracking(self.event, resolved.settings.model_dump())
         set_seed(self.seed, 0)
         self.event("init", world=carrier.size, strategy=strategy.name)
 
@@ -189,6 +211,11 @@ class Job:
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank has sent so far, by verb: gather, reduce, agree, meet, ..."""
         return dict(self._carrier.sent)
+
+    @property
+    def crossed(self) -> dict[str, int]:
+        """What of `traffic` has gone to other hosts, where their ranks share memory; fast numerics are left out."""
+        return dict(self._carrier.levels.crossed)
 
     def memory(self) -> Memory:
         """Every buffer of this rank: bytes now, and as predicted at rest and at most.
@@ -248,10 +275,13 @@ class Job:
         """
         self._check_name(name)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if self._trace is not None:
+            self._trace.widen(model)
         facts = {
             "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
-            "pending": self.resolved.settings.pending,
+            "pending": self.resolved.settings.pending, "layerwise": self.resolved.settings.layerwise,
+            "memory": "none" if self._budget.limit is None else "a budget",
             "float32": list(float32), "compile": str(compile),
         }  # fmt: skip
         mesh = self._mesh if not self._bindings else self._mesh.again(len(self._bindings))
@@ -261,11 +291,13 @@ class Job:
             elementwise=elementwise, float32=float32, fill=fill, compile=compile,
             device=self.device, facts=facts, say=self._say, ended=self._feed.ended,
             number=len(self._bindings), first=sum(len(b.engine.units) for b in self._bindings.values()),
-            prefix=f"{name}/" if name else "",
+            prefix=f"{name}/" if name else "", budget=self._budget, layerwise=self.resolved.settings.layerwise,
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)
+        ours(*optimizers)
         self._wanted[name], binding.on_step = wanted, self._steps
         self._feed.bind(binding.engine)
+        self._budget.check()
         results: list[object] = [model, optimizer]
         for other in others:
             if isinstance(other, LRScheduler):
@@ -314,12 +346,17 @@ class Job:
         )
         source = DataLoader(dataset, num_workers=workers, collate_fn=collate_fn)
         loader = Loader(self._feed, source, steps)
-        self._loaders.append(cast(Loader[object], loader))
-        return loader
+        return self._keep(loader)
 
     def _wrap(self, source: DataLoader[object]) -> Loader[object]:
-        loader = Loader(self._feed, source, steps_of_loader(source, self.seed, self._say))
-        self._loaders.append(loader)
+        if isinstance(source.dataset, IterableDataset):
+            return self._keep(StreamLoader(self._feed, source, self._meeting))
+        return self._keep(Loader(self._feed, source, steps_of_loader(source, self.seed, self._say)))
+
+    def _keep(self, loader: Loader[T]) -> Loader[T]:
+        self._loaders.append(cast(Loader[object], loader))
+        if self._trace is not None:
+            loader.made = self._trace.widened
         return loader
 
     # ---------------------------------------------------------------- in the loop
@@ -336,6 +373,26 @@ class Job:
         self._all_bound()
         self._feed.weigh(samples / full)
 
+    def micro_steps(self, count: int) -> Iterator[int]:
+        """This rank's part of a step's micro-steps, for loops that accumulate gradients by themselves.
+
+        Use it instead of `range(count)` around forward and backward; one `optimizer.step()` follows. As in that loop
+        gradients add up, so divide each loss by `count`. Every leaf is `count / leaves` neighbouring micro-steps, and
+        the global generators are set from (seed, step, micro-step): batches that the loop draws differ.
+
+        Args:
+            count: of one step, over all ranks; a multiple of the leaves.
+
+        Returns:
+            The numbers of this rank's micro-steps.
+
+        Raises:
+            BatchError: the leaves do not divide the count.
+        """
+        optimizers = [o for b in self._all_bound() for o in b.optimizers]
+        check_count(count, self.leaves)
+        return micro_steps(self._feed, count, lambda: end_leaf(optimizers))
+
     def clip_grad_norm(self, max_norm: float, *, model: nn.Module | None = None) -> float | None:
         """Scale the step's gradients so that their global 2-norm is at most `max_norm`.
 
@@ -348,6 +405,29 @@ class Job:
             not the step's last, where nothing happens.
         """
         return self._find(model).clip_grad_norm(max_norm)
+
+    def clip_grad_value(self, limit: float, *, model: nn.Module | None = None) -> bool | None:
+        """Clamp every element of the step's gradients to -limit..limit, as torch's `clip_grad_value_` does.
+
+        Args:
+            limit: the largest magnitude afterwards, at least 0.
+            model: whose gradients; None: the only one's.
+
+        Returns:
+            True on a step's last leaf; None on the others, where nothing happens.
+        """
+        return habits.clip_values(self._find(model), limit)
+
+    def gradients(self, model: nn.Module | None = None) -> AbstractContextManager[bool]:
+        """Inside, every `p.grad` is the step's gradient, whole, to read. Between backward and step. Collective.
+
+        The context gives True on a step's last leaf, and False on the others, where gradients are not known yet.
+        What is written to them is dropped. Memory: one whole gradient.
+
+        Args:
+            model: whose; None: the only one's.
+        """
+        return habits.whole_gradients(self._find(model))
 
     def loss_scale(self, model: nn.Module | None = None) -> float:
         """What float16 losses are multiplied with for backward; 1 in other precisions."""
@@ -438,6 +518,7 @@ class Job:
         finally:
             self._carrier.hold("")
         self.event("save", step=self.step, path=str(target))
+        self._tracking.saved(self.step, target)
         return target
 
     def load(self, path: str | Path) -> int:
@@ -497,6 +578,7 @@ class Job:
         return resume.Facts(
             leaves=self.leaves, seed=self.seed, threads=self.threads, precision=self.strategy.precision, path=Path(),
             twig=self.strategy.twig, masters=self.strategy.masters, positions=[x.position() for x in self._loaders],
+            tracked=self._tracked,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- the end
@@ -513,6 +595,7 @@ class Job:
                 for binding in self._bindings.values():
                     binding.engine.updates.flush()
                 self._meeting.meet(Want.CLOSE)
+                self._strays.tell(self._warn)
                 self.event("close", step=self.step)
         except BaseException as error:
             self._carrier.fail(f"{type(error).__name__}: {error}")
@@ -521,6 +604,7 @@ class Job:
             self._end()
 
     def _end(self) -> None:
+        self._tracking.end()
         self._carrier.close()
         for binding in self._bindings.values():
             binding.release()
@@ -559,6 +643,10 @@ class Job:
     def _say(self, text: str) -> None:
         if self.rank == 0:
             say(text)
+
+    def _warn(self, text: str) -> None:
+        if self.rank == 0:
+            warn(text)
 
     def _share(self, data: bytes) -> list[bytes]:
         return self._mesh.world.share_any("file", data)
@@ -614,20 +702,3 @@ def _default_device(carrier: Carrier) -> str:
         return "cpu"
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return str(found) if found is not None else "cpu"
-
-
-def _tell_of_failure(carrier: Carrier) -> Callable[[], None]:
-    """Let the other ranks know why this one dies of an exception. Returns what puts the old hook back."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
-        carrier.fail(f"{kind.__name__}: {error}")
-
-    sys.excepthook = hook
-
-    def restore() -> None:
-        if sys.excepthook is hook:
-            sys.excepthook = before
-
-    return restore

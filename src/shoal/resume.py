@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,7 @@ from shoal.engine.units import aliases
 from shoal.errors import ResumeError
 from shoal.layout import Box, Interval
 from shoal.settings import Resolved
+from shoal.tracked import Taken, Tracked
 
 Bindings = Sequence[Binding]
 """All models of a job. What belongs to one is saved under its prefix: none for a model without a name."""
@@ -86,19 +88,20 @@ class Facts:
     masters: bool
     path: Path
     positions: Sequence[Mapping[str, int]]
+    tracked: Tracked
 
 
 def save(bindings: Bindings, root: Path, facts: Facts, share: Share) -> Path:
     """Write `root/step-N`. Collective. Raises `SaveError` on all ranks."""
     told = share(json.dumps(plain_values(bindings)).encode())
     values = {k: v for data in told for k, v in cast(dict[str, object], json.loads(data)).items()}
-    steps = max(b.engine.steps for b in bindings)
-    return checkpoint.save(
-        root, steps, pieces(bindings), _meta(bindings, facts, values), rank=bindings[0].engine.rank, share=share
-    )
+    steps, rank = max(b.engine.steps for b in bindings), bindings[0].engine.rank
+    taken = facts.tracked.take(share)
+    meta = _meta(bindings, facts, values, taken)
+    return checkpoint.save(root, steps, chain(pieces(bindings), taken.pieces(rank)), meta, rank=rank, share=share)
 
 
-def _meta(bindings: Bindings, facts: Facts, values: Mapping[str, object]) -> Meta:
+def _meta(bindings: Bindings, facts: Facts, values: Mapping[str, object], taken: Taken) -> Meta:
     s = bindings[0].strategy
     groups = [
         {"settings": {k: v for k, v in group.items() if k != "params"}, "params": names}
@@ -116,7 +119,7 @@ def _meta(bindings: Bindings, facts: Facts, values: Mapping[str, object]) -> Met
         versions={"torch": str(torch.__version__), "shoal": _version()},
         aliases={b.prefix + a: b.prefix + n for b in bindings for a, n in aliases(b.model).items()},
         extra={
-            "threads": facts.threads, "values": values, "optimizers": _optimizers(bindings),
+            "threads": facts.threads, "values": values, "tracked": taken.plain, "optimizers": _optimizers(bindings),
             "steps": {b.prefix: b.engine.steps for b in bindings}, "orders": _orders(bindings),
             "transient": [b.prefix + n for b in bindings for n in _transient(b.model)],
             "scales": {b.prefix: b.engine.scale.state() for b in bindings if b.engine.scale is not None},
@@ -184,6 +187,7 @@ def load(
         masters=cast(bool, meta.strategy.get("masters", True)),
         path=reader.manifest.path,
         positions=positions,
+        tracked=here.tracked,
     )
     for name in ("leaves", "twig", "seed", "threads", "precision", "masters"):
         _agree(name, getattr(found, name), getattr(here, name), resolved)
@@ -200,6 +204,7 @@ def load(
     schedulers = [s for b in bindings for s in b.schedulers]
     for scheduler, saved in zip(schedulers, facts.schedulers, strict=False):
         scheduler.load_state_dict(dict(saved))
+    here.tracked.restore(cast("Mapping[str, object]", facts.extra.get("tracked", {})), reader)
     return found
 
 

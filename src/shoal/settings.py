@@ -7,15 +7,31 @@ same name everywhere: `leaves=4` in code, `leaves = 4` under `[job]` in `shoal.t
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from shoal.errors import SettingError, nearest
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for kind, base in (("b", 1000), ("ib", 1024))
+    for power, letter in enumerate("kmgt", start=1)
+}
+
+
+def nbytes(value: object) -> object:
+    """`"512MiB"` as a number of bytes; anything else as it is."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+        if found and found[2] in _UNITS:
+            return int(float(found[1]) * _UNITS[found[2]])
+    return value
 
 
 class Settings(BaseModel):
@@ -30,6 +46,7 @@ class Settings(BaseModel):
     )
     twig: int = Field(1, ge=1, description="neighbouring leaves added in place before the tree, at least 1")
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what is computed in")
+    reduce: Literal["float32", "bfloat16"] = Field("float32", description="what gradients travel and are summed in")
     masters: bool = Field(True, description="true or false: whether bfloat16 has float32 masters")
     cut: Literal["even", "parameter"] = Field("even", description="where shards may end")
     numerics: Literal["exact", "fast"] = Field("exact", description="whose sums: exact, or fast (the backend's)")
@@ -38,7 +55,12 @@ class Settings(BaseModel):
     timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="seconds without progress, more than 0")
     overlap: bool = Field(True, description="true or false: whether transfers run beside computation")
     pending: bool = Field(False, description="true or false: whether updates may be under way when a step returns")
+    memory: Annotated[int, BeforeValidator(nbytes), Field(ge=1)] | None = Field(
+        None, description="bytes of a rank, such as 512MiB or 2GB; none: units are freed after use"
+    )
+    layerwise: bool = Field(False, description="true or false: whether units are updated while backward runs")
     carrier: Literal["auto", "gloo", "shared", "nccl", "mpi"] = Field("auto", description="what moves the bytes")
+    interface: str | None = Field(None, description="network interfaces, as eth0 or eth0,eth1; none: by the way")
     device: str | None = Field(None, description="a device of torch; none: what the machine has")
     run_dir: str | None = Field(None, description="a directory, none to keep nothing")
 
@@ -71,6 +93,24 @@ class Resolved:
         values = {name: _shown(getattr(self.settings, name)) for name in self.origins}
         wide, long = max(map(len, values)), max(map(len, values.values()))
         return "\n".join(f"{name:{wide}}  {values[name]:{long}}  {origin}" for name, origin in self.origins.items())
+
+
+def check_together(s: Settings) -> None:
+    """Raises `SettingError` for settings that contradict each other."""
+    needs = {"pending": "what is pending is overlapped with the next forward",
+             "memory": "what stays in memory is decided from the order that transfers follow",
+             "layerwise": "which gradient is a unit's last is known from the order that transfers follow"}  # fmt: skip
+    for name, why in needs.items():
+        if getattr(s, name) and not s.overlap:
+            value = "True" if getattr(s, name) is True else getattr(s, name)
+            away = "leave memory= out" if name == "memory" else f"{name}=False"
+            raise SettingError(f"{name}={value} with overlap=False", cause=why, remedy=f"{away}, or overlap=True")
+    if s.layerwise and s.pending:
+        raise SettingError(
+            "layerwise=True with pending=True",
+            cause="units are updated while backward runs: nothing is left to be pending",
+            remedy="pending=False, or layerwise=False",
+        )
 
 
 def resolve(code: Mapping[str, object], *, environ: Mapping[str, str], cwd: str | Path | None) -> Resolved:
@@ -129,7 +169,43 @@ def _file(environ: Mapping[str, str], cwd: Path) -> _Source:
         raise SettingError(f"{shown} has {said}", remedy=f"version = {VERSION} as its first line")
     if not isinstance(job, dict):
         raise SettingError(f"job in {shown} is {job!r}, not a table", remedy="[job], then a line for each setting")
-    return _Source(cast("dict[str, object]", job), lambda _name: shown)
+    return _Source(_spelled_out(cast("dict[str, object]", job), shown), lambda _name: shown)
+
+
+_MIXED = {"enabled": "precision", "allreduce_friendly": "reduce"}
+"""`mixed_precision.enabled` computes in bfloat16; `.allreduce_friendly` reduces in the dtype that is computed in."""
+
+
+def _spelled_out(job: dict[str, object], shown: str) -> dict[str, object]:
+    """The same with `mixed_precision.*` as the settings that it stands for."""
+    mixed = job.get("mixed_precision")
+    if mixed is None:
+        return job
+    job = {name: value for name, value in job.items() if name != "mixed_precision"}
+    if not isinstance(mixed, dict):
+        raise SettingError(
+            f"mixed_precision in {shown} is {mixed!r}, not a table", remedy="mixed_precision.enabled = true under [job]"
+        )
+    asked = cast("dict[str, object]", mixed)
+    for name, value in asked.items():
+        _known(name, _MIXED, f"'mixed_precision.{name}' in {shown}")
+        if not isinstance(value, bool):
+            raise SettingError(f"mixed_precision.{name}={value!r} ({shown}) does not fit", remedy="true or false")
+    if not asked.get("enabled"):
+        if asked.get("allreduce_friendly"):
+            raise SettingError(
+                f"mixed_precision.allreduce_friendly in {shown} without mixed_precision.enabled",
+                cause="gradients travel in the dtype that is computed in, which is float32 then",
+                remedy="mixed_precision.enabled = true",
+            )
+        return job
+    for name, setting in _MIXED.items():
+        if asked.get(name) and job.setdefault(setting, "bfloat16") != "bfloat16":
+            raise SettingError(
+                f"{setting}={job[setting]!r} contradicts mixed_precision.{name} in {shown}, which says bfloat16",
+                remedy=f"one of the two: {setting} under [job], or mixed_precision.{name}",
+            )
+    return job
 
 
 def _environment(environ: Mapping[str, str]) -> _Source:
@@ -165,7 +241,7 @@ def _known(name: str, known: Mapping[str, object] | tuple[str, ...], shown: str)
 def _fitting(name: str, value: object, origin: str, *, text: bool) -> object:
     """The value in the setting's own type."""
     field = Settings.model_fields[name]
-    said_none = text and value == "none" and name in ("leaves", "ranks_per_copy", "device")
+    said_none = text and value == "none" and name in ("leaves", "ranks_per_copy", "memory", "device", "interface")
     try:
         settings = Settings.model_validate({name: None if said_none else value}, strict=not text)
         return getattr(settings, name)

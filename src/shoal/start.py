@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 from shoal.comm.group import Carrier, current
 from shoal.comm.host import join_host
+from shoal.comm.lanes import asked_interfaces
 from shoal.comm.meter import Alone
 from shoal.comm.mpi import Mpi
 from shoal.comm.nccl import over_devices, own_device, uuid_of
@@ -34,6 +37,7 @@ def settle_settings(strategy: str | Strategy | None, given: Mapping[str, object]
         own = {
             "strategy": strategy.name, "leaves": strategy.leaves, "ranks_per_copy": strategy.ranks_per_copy,
             "precision": strategy.precision if strategy.precision != "float32" else None,
+            "reduce": strategy.reduce if strategy.reduce != "float32" else None,
             "twig": strategy.twig if strategy.twig != 1 else None,
             "masters": False if not strategy.masters else None,
             "numerics": strategy.numerics if strategy.numerics != "exact" else None,
@@ -65,11 +69,14 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
         cut=Cut(s.cut),
         numerics=s.numerics,
         tensor=given.tensor if isinstance(given, Strategy) else base.tensor,
-        reduce=given.reduce if isinstance(given, Strategy) else base.reduce,
+        reduce=s.reduce,
     )
 
 
-def find_carrier(timeout: float, name: str = "auto", device: str | None = None) -> tuple[Carrier, Seat]:
+def find_carrier(
+    timeout: float, name: str = "auto", device: str | None = None, interface: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> tuple[Carrier, Seat]:  # fmt: skip
     """This rank's place and what connects it to the others.
 
     Args:
@@ -77,11 +84,14 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
         name: of the carrier. "gloo": TCP alone; "shared": memory within hosts, TCP between them; "auto": that where it
             can be had, and NCCL for accelerators.
         device: where this rank's model will be; None: the host.
+        interface: names of the network interfaces to use together; None: the one that leads to the others.
+        environ: where the place is looked for.
     """
     given = current.get()
     if given is not None:
-        return given, Seat(given.size, own_process=False)
-    place = find_place(os.environ)
+        hosts = given.levels.hosts
+        return given, Seat(hosts.count(hosts[given.rank]), own_process=False)
+    place = find_place(environ)
     if place is None:
         return Alone(), Seat(1, own_process=True)
     seat = Seat(place.local_world, own_process=True)
@@ -89,7 +99,8 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
         return Alone(), seat
     here = own_device(device, place.local_rank)
     address = Address(
-        place.rank, place.world, place.host, place.port, place.agent_store, place.attempt, uuid_of(here)
+        place.rank, place.world, place.host, place.port, place.agent_store, place.attempt, uuid_of(here),
+        asked_interfaces(interface),
     )  # fmt: skip
     if name == "mpi":
         host: Carrier = Mpi(address, timeout=timeout, report=warn)
@@ -98,3 +109,20 @@ def find_carrier(timeout: float, name: str = "auto", device: str | None = None) 
         lives = Gloo(address, timeout=timeout, report=warn)
         host = lives if name == "gloo" else join_host(lives, wanted=name == "shared")
     return over_devices(host, lives, here, name, address, timeout), seat
+
+
+def tell_of_failure(carrier: Carrier) -> Callable[[], None]:
+    """Let the other ranks know why this one dies of an exception. Returns what puts the old hook back."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        carrier.fail(f"{kind.__name__}: {error}")
+
+    sys.excepthook = hook
+
+    def restore() -> None:
+        if sys.excepthook is hook:
+            sys.excepthook = before
+
+    return restore

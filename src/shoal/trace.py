@@ -5,24 +5,42 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from shoal.checkpoint.tensors import TensorFile, write_file
 from shoal.errors import OrderError
 from shoal.settings import TRACE
 
+T = TypeVar("T")
+
 _FACTS = "job.json"
+
+
+class By(Enum):
+    """Who runs the script: a job, or torch alone in its place (see `plain.py`)."""
+
+    SHOAL = "shoal"
+    ALONE = "alone"  # one leaf a step, in one process
+    WHOLE = "whole"  # the samples of all leaves as one batch, in one process
+    DDP = "ddp"  # as many ranks as leaves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
-    """What the same job needs again elsewhere to compute the same numbers."""
+    """What the same job needs again elsewhere to compute the same numbers.
+
+    `unlike_whole`: why a batch of all leaves' samples would not compute them; empty if it would.
+    """
 
     leaves: int
     device: str
+    unlike_whole: str = ""
 
 
 class Trace:
@@ -31,10 +49,12 @@ class Trace:
     Args:
         path: an existing directory that all ranks see.
         steps: after so many the process ends.
+        by: who runs the script.
+        double: in float64, whatever the script says.
     """
 
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path, self.steps, self.done = path, steps, 0
+    def __init__(self, path: Path, steps: int, by: By = By.SHOAL, *, double: bool = False) -> None:
+        self.path, self.steps, self.by, self.double, self.done = path, steps, by, double, 0
 
     @classmethod
     def asked(cls, environ: Mapping[str, str]) -> Trace | None:
@@ -42,11 +62,26 @@ class Trace:
         if TRACE not in environ:
             return None
         wanted = cast("dict[str, object]", json.loads(environ[TRACE]))
-        return cls(Path(str(wanted["path"])), int(str(wanted["steps"])))
+        by = By(str(wanted["by"]))
+        return cls(Path(str(wanted["path"])), int(str(wanted["steps"])), by, double=bool(wanted["double"]))
 
     def variable(self) -> dict[str, str]:
         """What asks for this one."""
-        return {TRACE: json.dumps({"path": str(self.path), "steps": self.steps})}
+        told = {"path": str(self.path), "steps": self.steps, "by": self.by.value, "double": self.double}
+        return {TRACE: json.dumps(told)}
+
+    def widen(self, model: nn.Module) -> None:
+        """Have a model compute in float64, if that is wanted."""
+        if self.double:
+            torch.set_default_dtype(torch.float64)  # what the script makes from now on
+            model.double()
+            model.register_forward_pre_hook(lambda _m, a, k: (self.widened(a), self.widened(k)), with_kwargs=True)
+
+    def widened(self, batch: T) -> T:
+        """What a model reads or is compared with, in float64 if that is wanted."""
+        if not self.double:
+            return batch
+        return cast(T, pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch))
 
     def saved(self, path: Path) -> Path:
         """Where the job's checkpoints go instead: the second run must not meet those of the first."""

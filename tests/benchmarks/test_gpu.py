@@ -35,6 +35,7 @@ def test_without_an_accelerator_it_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert done.stderr == "benchmarks/gpu.py needs an accelerator such as CUDA, and torch finds none here\n"
 
 
+@pytest.mark.slow
 def test_its_parts() -> None:
     done = subprocess.run([sys.executable, "-c", PARTS], cwd=FOLDER, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

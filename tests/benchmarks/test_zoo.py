@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "zoo.py"
 
 
@@ -32,6 +34,7 @@ def test_three_architectures_have_the_same_bits(tmp_path: Path) -> None:
         assert found[case, "units"] > 2
 
 
+@pytest.mark.slow
 def test_what_plain_pytorch_cannot_train_is_told_and_is_no_failure() -> None:
     done = ran("--only", "prompt_depth_anything")
     assert done.returncode == 0, done.stderr

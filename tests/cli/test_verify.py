@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,31 @@ with shoal.init(leaves=4 if "--plant" in sys.argv else None) as job:
         if job.stepped:
             print(job.save("checkpoints"))
     raise AssertionError("the run did not end with the last step that is compared")
+"""
+
+PLAIN = """
+import sys
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import shoal
+
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(48, 4), torch.randn(48, 1))
+job = shoal.init(leaves=2)
+model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+model, optimizer, loader = job.prepare(model, optimizer, DataLoader(data, batch_size=4, shuffle=True))
+for inputs, targets in loader:
+    loss = nn.functional.mse_loss(model(inputs), targets)
+    if "--plant" in sys.argv and job.step == 1:
+        loss = loss * (1 + job.rank)
+    loss.backward()
+    job.clip_grad_norm(0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    if job.stepped:
+        job.save("checkpoints")
 """
 
 FACTORY = """
@@ -110,6 +136,54 @@ def test_a_script_whose_ranks_compute_different_losses() -> None:
     assert (report["strategy"], report["workers"], report["steps"]) == ("zero1", 2, 3)
 
 
+@pytest.mark.timeout(400)
+def test_a_script_against_itself_without_shoal() -> None:
+    """A loss that hangs on the rank is one of DDP's habits: there it is the same, and as one batch it is another."""
+    Path("plain.py").write_text(PLAIN)
+    done = verify("--plain", "--steps", "2", "--json", "plain.py", "--plant")
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["equal"], told["strategy"], told["workers"]) == (1, False, "zero3", 2)
+    alone, whole, ddp = (part["report"] for part in told["parts"])
+    assert (alone["equal"], alone["steps"], ddp["equal"], ddp["steps"]) == (True, 2, True, 2)
+    assert (whole["equal"], whole["step"], whole["name"]) == (False, 1, "0.weight")
+    assert whole["apart"] > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_script_that_is_itself_without_shoal(workplace: Path) -> None:
+    Path("plain.py").write_text(PLAIN)
+    done = verify("--plain", "--strategy", "zero2", "--workers", "3", "plain.py")
+    first, *others = done.stdout.splitlines()
+    assert (done.exit_code, len(others)) == (0, 2)
+    assert first == "one rank and one leaf, with shoal and without: the same bits after each of 5 steps"
+    for line, words in zip(others, ("the whole batch of 2 leaves", "torch DDP with 2 ranks"), strict=True):
+        assert re.fullmatch(
+            rf"in float64, 3 workers under zero2 and {words}: within \S+e-\d\d after each of 5 steps", line
+        )
+    assert sorted(p.name for p in workplace.iterdir()) == ["plain.py", "train.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_what_cannot_be_compared_is_left_out_by_name() -> None:
+    """Dropout and batch norm."""
+    done = verify("--plain", "--steps", "2", "train.py")
+    assert done.exit_code == 0
+    assert ": left out, as BatchNorm1d takes its statistics from each leaf\n" in done.stdout
+
+
+def test_a_script_that_fails_under_plain_too() -> None:
+    Path("bad.py").write_text("raise ValueError('boom')")
+    done = verify("--plain", "--json", "bad.py")
+    record = json.loads(done.stdout)
+    assert (done.exit_code, record["equal"], record["ranks"][0]["failure"]["message"]) == (1, None, "boom")
+    assert "nothing to compare: a run failed" in done.stderr
+    Path("idle.py").write_text("print('nothing')")
+    done = verify("--plain", "idle.py")
+    assert done.stderr.startswith("shoal[E22] idle.py took no step that acts: there is nothing to compare\n  try: ")
+
+
 def test_a_script_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     Path("bad.py").write_text("raise ValueError('boom')")
     said = verify("bad.py")
@@ -166,6 +240,7 @@ def test_a_function_that_fails(trials: str) -> None:
         (["gone:make"], "shoal[E02] there is no module 'gone'"),
         (["{}:eqal"], "has no function 'eqal'\n  try:   did you mean 'equal'? "),
         (["{}:odd"], "odd returned Sequential, function\n  try:   return model, optimizer, loss with "),
+        (["--plain", "{}:equal"], ":equal is no script, and --plain runs one\n  try:   shoal verify --plain train.py"),
         (["{}:equal", "--steps", "2"], "takes no arguments: --steps 2\n  try:   options come before it"),
         (["--strategy", "zero9", "{}:equal"], "shoal[E01] there is no strategy 'zero9'"),
         (["--strategy", "zero9", "train.py"], "shoal[E01] there is no strategy 'zero9'"),

@@ -1,4 +1,4 @@
-"""Processes that share memory, made slow by chance or made to believe that they are on several hosts."""
+"""Processes that are made slow by chance, or made to believe that they are on several hosts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from shoal.comm import host
+from shoal.comm.mpi import Mpi, Requests
+from shoal.comm.pairwise import Gloo, Works
 from shoal.comm.shared_memory import Currency, Letters, Seen, Shared
 from shoal.start import find_carrier
 from tests.comm.carriers import TIMEOUT
 
-MOMENTS = [(Shared, "post"), (Letters, "wait"), (Letters, "release"), (Seen, "publish"), (Currency, "wait")]
+MOMENTS: list[tuple[type, str]] = [
+    (Shared, "post"), (Letters, "wait"), (Letters, "release"), (Seen, "publish"), (Currency, "wait"),
+    (Gloo, "post"), (Works, "wait"), (Works, "release"), (Mpi, "post"), (Requests, "wait"),
+]  # fmt: skip
+GLANCES: list[tuple[type, str]] = [(kind, "ready") for kind in (Letters, Currency, Works, Requests)]
 LONGEST = 0.003
 
 
@@ -43,9 +49,16 @@ def pretending(per_host: int) -> Iterator[None]:
 
 @contextmanager
 def delayed(seed: int) -> Iterator[None]:
-    """Sleep before and after everything that this rank does with others, for a time that the seed says."""
-    chance = random.Random(f"{seed} {os.environ['RANK']}")
-    real = [(kind, name, getattr(kind, name)) for kind, name in MOMENTS]
+    """Sleep before and after everything that this rank does with others, for a time that the seed says.
+
+    What has come is not always seen at once, either.
+    """
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"]
+    chance = random.Random(f"{seed} {rank}")
+    real = [(kind, name, getattr(kind, name)) for kind, name in [*MOMENTS, *GLANCES]]
+
+    def late(look: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda transfer: chance.random() < 0.5 and look(transfer)
 
     def slow(work: Callable[..., Any]) -> Callable[..., Any]:
         def slowly(*arguments: Any) -> Any:
@@ -57,7 +70,7 @@ def delayed(seed: int) -> Iterator[None]:
         return slowly
 
     for kind, name, work in real:
-        setattr(kind, name, slow(work))
+        setattr(kind, name, late(work) if name == "ready" else slow(work))
     try:
         yield
     finally:

@@ -107,9 +107,9 @@ def carrier(timeout: float) -> Iterator[Nccl]:
         gloo.close()
 
 
-def train(strategy: str) -> Outcome | None:
+def train(strategy: str, settings: dict[str, object]) -> Outcome | None:
     with carrier(20.0) as made:
-        result = trainer(strategy, leaves=4)(made.rank)
+        result = trainer(strategy, leaves=4, **settings)(made.rank)
         assert made.sent["order"] > 0
         return result
 
@@ -135,7 +135,14 @@ def test_fast_numerics(strategy: str, pool: Pool) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_all_that_a_job_exchanges_has_an_order(strategy: str, pool: Pool) -> None:
-    assert pool.run(train, strategy, world=3, timeout=20) == [on_threads(1, "ddp", leaves=4), None, None]
+    assert pool.run(train, strategy, {}, world=3, timeout=20) == [on_threads(1, "ddp", leaves=4), None, None]
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_layerwise_updates_have_an_order(strategy: str, pool: Pool) -> None:
+    how: dict[str, object] = {"layerwise": True, "clip": None, "memory": "16MiB"}
+    want = on_threads(1, "ddp", leaves=4, clip=None)
+    assert pool.run(train, strategy, how, world=3, timeout=20) == [want, None, None]
 
 
 def swap() -> tuple[list[list[float]], bool, dict[str, int]]:

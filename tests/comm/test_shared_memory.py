@@ -158,6 +158,17 @@ def test_what_was_sent_may_be_overwritten_after_the_wait(pool: Pool) -> None:
     pool.run(overwritten_at_once)
 
 
+def small_strips_of_something_large() -> None:
+    with neighbours() as carrier:
+        whole = torch.ones(100)
+        world_of(carrier).gather("gather", whole, [0, 1, 2]).wait()
+        whole.untyped_storage().resize_(0)
+
+
+def test_what_was_sent_may_be_resized_after_the_wait(pool: Pool) -> None:
+    pool.run(small_strips_of_something_large)
+
+
 def crosswise() -> None:
     """Each rank waits first for what the other one waits for last."""
     with neighbours() as carrier:

@@ -275,7 +275,7 @@ class Stream(IterableDataset[int]):
 
 
 REFUSED: dict[str, tuple[Callable[[shoal.Job], object], str]] = {
-    "iterable": (prepared(lambda: DataLoader(Stream())), "whose samples have no numbers to count out"),
+    "iterable": (lambda job: job.loader(Stream(), global_batch=4), "whose samples have no numbers to count out"),
     "no batches": (prepared(lambda: DataLoader(Numbers(3), batch_size=None)), "the loader has batch_size=None"),
     "does not divide": (
         of_the_job(9, global_batch=6),

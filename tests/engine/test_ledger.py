@@ -172,6 +172,7 @@ def test_gradient_buffers() -> None:
 def test_staging() -> None:
     block = unit(100, 50)
     assert staging_at_most(plan(block, ranks=1)) == 0
+    assert staging_at_most(plan(block, received=1.5)) == 1.5 * staging_at_most(plan(block, received=0.5)) > 0
     assert staging_at_most(plan(block, block)) == 800
     assert staging_at_most(plan(*[block] * 10)) == 1000 + 400
     assert staging_at_most(plan(block, every_leaf=False, pending=3)) == 1200

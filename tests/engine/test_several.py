@@ -294,3 +294,25 @@ def test_models_by_name() -> None:
     with pytest.raises(OrderError) as e:
         run(1, nameless)
     assert 'name="generator"' in str(e.value)
+
+
+def test_buffers_that_nobody_touched_aside_stay_as_they_are() -> None:
+    """The first model has nothing to do for the second. A mean of three equal numbers may be another number."""
+
+    def rank_main(_rank: int) -> State:
+        with shoal.init("ddp", leaves=6, run_dir="none") as job:
+            first = nn.Sequential(nn.Linear(1, 128), nn.BatchNorm1d(128), nn.Linear(128, 1))
+            second = nn.Linear(1, 1)
+            optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second)]
+            job.prepare(first, optimizers[0], name="first")
+            job.prepare(second, optimizers[1], name="second")
+            for x in job.loader(Numbers(57), global_batch=60):
+                for model, optimizer in zip((first, second), optimizers, strict=True):
+                    model(x.float()[:, None]).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return job.state_dict(first)
+
+    want, found = run(1, rank_main)[0], run(3, rank_main)[0]
+    for key, value in want.items():
+        assert_bits(found[key], value, key)

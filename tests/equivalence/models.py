@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,8 +123,9 @@ def epoch(
 
 
 def on_threads(
-    world: int, strategy: str | Strategy, *, order: int | None = None, common: bool = False, **kw: object
-) -> Outcome:
-    result = run(world, trainer(strategy, **kw), seed=order, common=common)[0]
+    world: int, strategy: str | Strategy, *, order: int | None = None, common: bool = False,
+    ranks_per_host: Sequence[int] = (), **kw: object,
+) -> Outcome:  # fmt: skip
+    result = run(world, trainer(strategy, **kw), seed=order, common=common, ranks_per_host=ranks_per_host)[0]
     assert result is not None
     return result

@@ -38,7 +38,7 @@ def test_more_ranks_than_parameters(name: str, cut: Cut) -> None:
     assert report.equal, report
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("ddp", "zero2")), "zero3"])
 def test_a_hundred_layers_on_eight_ranks(name: str) -> None:
     def deep() -> nn.Module:
         return nn.Sequential(*(nn.Sequential(nn.Linear(65, 65), nn.Tanh()) for _ in range(100)))

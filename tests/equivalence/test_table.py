@@ -23,6 +23,7 @@ def one_process(leaves: int, optimizer: str, precision: str) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, precision=precision, make_optimizer=OPTIMIZERS[optimizer])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("optimizer", "common"), [("sgd", False), ("adamw", False), ("adamw", True)])
 @pytest.mark.parametrize("leaves", [4, 12])
@@ -55,6 +56,7 @@ def test_cuts_and_overlap_change_nothing(name: str, cut: Cut, overlap: bool) -> 
     assert on_threads(3, strategy, leaves=4, overlap=overlap) == one_process(4, "adamw", "float32")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize(("leaves", "clip"), [(3, None), (4, 0.5), (6, None)])
 @pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (2, 3, 4)])
@@ -74,9 +76,71 @@ def test_the_size_of_units_changes_nothing(name: str, size: int) -> None:
     assert on_threads(3, name, leaves=4, units=size) == one_process(4, "adamw", "float32")
 
 
+@pytest.mark.parametrize("memory", ["300KiB", "500KiB", "550KiB"])
+@pytest.mark.parametrize("leaves", [2, 4, 6])
+@pytest.mark.parametrize(("world", "ranks_per_copy", "common"), [(2, 2, False), (4, 2, False), (2, 2, True)])
+def test_budgets_change_nothing(
+    world: int, ranks_per_copy: int, common: bool, leaves: int, memory: str
+) -> None:  # fmt: skip
+    """Not what stays whole in a leaf, nor from one leaf to the next: at the first budget next to nothing, then all."""
+    strategy = Strategy(shard=Shard.PARAMETERS, ranks_per_copy=ranks_per_copy)
+    got = on_threads(world, strategy, leaves=leaves, memory=memory, common=common, order=leaves)
+    assert got == one_process(leaves, "adamw", "float32")
+
+
+@pytest.mark.parametrize(("leaves", "precision", "common"), [(4, "float32", False), (6, "bfloat16", True)])
+@pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (1, 2, 3, 4)])
+def test_layerwise_updates_change_nothing(
+    name: str, world: int, ranks_per_copy: int | None, leaves: int, precision: str, common: bool
+) -> None:
+    """Nor does it when some parameters are never touched, or ranks have unequal numbers of leaves."""
+    strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    how = {"leaves": leaves, "precision": precision, "clip": None, "epochs": 2}
+    assert on_threads(world, strategy, layerwise=True, common=common, order=world, **how) == unclipped(
+        leaves, precision
+    )
+
+
+@cache
+def unclipped(leaves: int, precision: str) -> Outcome:
+    return on_threads(1, "ddp", leaves=leaves, precision=precision, clip=None, epochs=2)
+
+
 @cache
 def clipped(leaves: int, clip: float | None) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, clip=clip)
+
+
+ON_HOSTS = [(name, hosts) for name in STRATEGIES for hosts in ((2, 2), (2, 1), (1, 3))]
+
+
+@pytest.mark.parametrize(("leaves", "pending"), [(4, False), (6, True)])
+@pytest.mark.parametrize(("name", "ranks_per_host"), [*ON_HOSTS, ("hybrid", (2, 2)), ("hybrid", (2, 2, 2))], ids=str)
+def test_hosts_change_nothing(name: str, ranks_per_host: tuple[int, ...], leaves: int, pending: bool) -> None:
+    """Inside a host ranks have memory in common; what crosses to another is added up, or passed on, by hosts."""
+    world = sum(ranks_per_host)
+    got = on_threads(
+        world, name, leaves=leaves, pending=pending, common=True, ranks_per_host=ranks_per_host, order=leaves
+    )
+    assert got == clipped(leaves, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_host", "said"),
+    [((2, 1), ["; exchange in two levels, 2 + 1 ranks on 2 hosts"]), ((1, 1, 1), []), ((3,), [])],
+)
+def test_two_levels_are_told(
+    ranks_per_host: tuple[int, ...], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_threads(3, "zero1", leaves=3, ranks_per_host=ranks_per_host)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.split("numerics exact")[1:] == (said or [""])
+
+
+def test_several_copies_on_a_host_change_nothing() -> None:
+    strategy = Strategy(shard=Shard.PARAMETERS, ranks_per_copy=2)
+    got = on_threads(8, strategy, leaves=8, common=True, ranks_per_host=(4, 4), order=1)
+    assert got == clipped(8, 0.5)
 
 
 @pytest.mark.parametrize("order", range(5))

@@ -104,6 +104,7 @@ def test_what_is_left_behind(out: Path) -> None:
     HTMLParser().feed(page)
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_launcher_replaces_an_earlier_run(out: Path) -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     with socket.socket() as probe:

@@ -58,6 +58,16 @@ def test_an_empty_rank_alone() -> None:
         find_place({"RANK": ""})
 
 
+def test_a_rank_that_is_written_into_the_script() -> None:
+    """All ranks are on this host, and both numbers must be one."""
+    told = ENVIRON | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(
+        EnvironmentFault, match=r"RANK=0 contradicts LOCAL_RANK=2[\s\S]*is a rank written into the scri"
+    ):
+        find_place(told)
+    assert find_place(told | {"RANK": "2"})
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [

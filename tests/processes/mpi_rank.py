@@ -12,6 +12,7 @@ import torch
 import shoal
 from shoal.comm.group import Group
 from shoal.comm.mpi import Mpi
+from tests.comm.shared import delayed
 from tests.equivalence.models import trainer
 
 TIMEOUT = 3.0
@@ -22,6 +23,12 @@ def train(strategy: str, precision: str) -> None:
     result = trainer(strategy, leaves=4, precision=precision, timeout=20.0, carrier="mpi")(0)
     if result is not None:
         print("RESULT", result, flush=True)
+
+
+def delayed_train(strategy: str, precision: str) -> None:
+    """With delays in every transfer."""
+    with delayed(5):
+        train(strategy, precision)
 
 
 def killed(strategy: str) -> None:

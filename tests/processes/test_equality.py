@@ -39,6 +39,17 @@ def test_equals_one_process(name: str, world: int, carrier: str, pool: Pool) -> 
     assert results == [one_process("float32")] + [None] * (world - 1)
 
 
+@pytest.mark.parametrize("carrier", ["gloo", "shared"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("zero1", {}), ("zero3", {"memory": "16MiB"})], ids=["zero1", "zero3, a budget"]
+)
+def test_layerwise_updates_and_budgets(name: str, settings: dict[str, object], carrier: str, pool: Pool) -> None:
+    """No transfer waits for one that waits for it, nor is anything overwritten that others read."""
+    how = {"leaves": LEAVES, "carrier": carrier, "layerwise": True, "clip": None, **settings}
+    results = pool.run(train, name, how, world=2)
+    assert results == [on_threads(1, "ddp", leaves=LEAVES, clip=None), None]
+
+
 def test_hybrid_equals_one_process(pool: Pool) -> None:
     """Two hosts of two ranks."""
     results = pool.run(train, "hybrid", {"leaves": LEAVES, "precision": "bfloat16"}, world=4, ranks_per_host=2)

@@ -48,6 +48,13 @@ def test_equals_one_process(strategy: str, precision: str, ranks: int) -> None:
     assert done.stdout.splitlines() == [f"RESULT {one_process(precision)}"]
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_delays_change_nothing(strategy: str) -> None:
+    done = mpirun(2, "delayed_train", strategy, "float32")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"RESULT {one_process('float32')}"]
+
+
 def test_several_transfers_under_way() -> None:
     done = mpirun(2, "under_way")
     assert done.returncode == 0, done.stderr

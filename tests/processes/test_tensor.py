@@ -114,7 +114,11 @@ def one_cell() -> list[object]:
     return run_fresh(2, train, Strategy(tensor=2))
 
 
-@pytest.mark.parametrize("shard", [Shard.NOTHING, Shard.OPTIMIZER, Shard.GRADIENTS])
+SLOW = pytest.mark.slow
+SHARDS = [Shard.GRADIENTS, pytest.param(Shard.NOTHING, marks=SLOW), pytest.param(Shard.OPTIMIZER, marks=SLOW)]
+
+
+@pytest.mark.parametrize("shard", SHARDS)
 def test_two_cells_of_two_are_one_cell_of_two(shard: Shard) -> None:
     one = one_cell()
     four = run_fresh(4, train, Strategy(shard=shard, tensor=2))
@@ -135,7 +139,7 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Muon([p for p in model.parameters() if p.dim() == 2])
 
 
-@pytest.mark.parametrize("optimizer", [lamb, muon])
+@pytest.mark.parametrize("optimizer", [lamb, pytest.param(muon, marks=SLOW)])
 def test_optimizers_that_read_whole_parameters_are_refused(optimizer: object) -> None:
     for text in run_fresh(2, refused, optimizer):
         assert "reads whole parameters, and 'blocks.0.up.weight' is spread over a cell" in text

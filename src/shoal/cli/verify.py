@@ -7,11 +7,11 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from shoal.cli.run import plain
+from shoal.cli.run import plain as outcome_fields
 from shoal.cli.telling import errors_told, tell_json
 from shoal.errors import SettingError, ShoalError
 
@@ -26,7 +26,8 @@ def verify(
     args: Annotated[list[str] | None, typer.Argument(help="The script's own: options too.")] = None,
     strategy: Annotated[str, typer.Option(help="ddp, zero1, zero2, zero3 or hybrid.")] = "zero3",
     workers: Annotated[int, typer.Option(min=1, help="Ranks of the run under test.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that act, in each run.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps that act, in each run; 3, with --plain 5.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Hold the script against itself without shoal.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, all else to stderr.")] = False,
 ) -> None:
     """Train a few steps under a strategy and in one process, and compare all bits of the models after each.
@@ -35,11 +36,15 @@ def verify(
     thrown away. A function returns (model, optimizer, loss) with loss(model, step, leaf), or a shoal.Trial; its ranks
     are threads.
 
+    With --plain the script runs by torch alone, too. One rank and one leaf: equal bits. In float64 with the script's
+    own leaves: within 1e-9 of one batch of all leaves' samples, and of torch's DDP with a rank for each leaf.
+
     \b
     Example:
       shoal verify train.py --epochs 3
       shoal verify --strategy zero2 --workers 4 --steps 5 train.py
       shoal verify --strategy zero1 mymodel:make_trial
+      shoal verify --plain train.py
     \b
     It prints
       the same bits after each of 3 steps: 2 workers under zero3 and one process
@@ -49,10 +54,15 @@ def verify(
     Exit codes: 0 equal bits, 1 other bits or your program failed, 2 usage or configuration.
     """
     with errors_told(as_json=as_json):
-        if _FACTORY.fullmatch(what) and not Path(what).is_file():
-            report = _factory(what, args or [], strategy, workers, steps, as_json=as_json)
+        factory = _FACTORY.fullmatch(what) and not Path(what).is_file()
+        if plain and factory:
+            raise SettingError(f"{what} is no script, and --plain runs one", remedy="shoal verify --plain train.py")
+        if plain:
+            _plain([what, *(args or ())], strategy, workers, steps or 5, as_json=as_json)
+        elif factory:
+            report = _factory(what, args or [], strategy, workers, steps or 3, as_json=as_json)
         else:
-            report = _script([what, *(args or ())], strategy, workers, steps, as_json=as_json)
+            report = _script([what, *(args or ())], strategy, workers, steps or 3, as_json=as_json)
     if as_json:
         tell_json({**asdict(report), "strategy": strategy, "workers": workers})
     else:
@@ -67,10 +77,28 @@ def _script(argv: list[str], strategy: str, workers: int, steps: int, *, as_json
     if isinstance(found, Report):
         return found
     if as_json:
-        tell_json({"equal": None, **plain(found)})
+        tell_json({"equal": None, **outcome_fields(found)})
     failed = _runs(workers, strategy) if len(found.ranks) == workers > 1 else "one process"
     typer.echo(f"nothing to compare: the run with {failed} failed", err=True)
     raise typer.Exit(found.exit_code)
+
+
+def _plain(argv: list[str], strategy: str, workers: int, steps: int, *, as_json: bool) -> NoReturn:
+    from shoal.against import verify_plain  # imports torch
+    from shoal.launch.run import Outcome
+
+    found = verify_plain(argv, strategy, workers=workers, steps=steps)
+    if isinstance(found, Outcome):
+        if as_json:
+            tell_json({"equal": None, **outcome_fields(found)})
+        typer.echo("nothing to compare: a run failed", err=True)
+        raise typer.Exit(found.exit_code)
+    equal = all(part.report is None or part.report.equal for part in found)
+    if as_json:
+        tell_json({"equal": equal, "parts": [asdict(part) for part in found], "strategy": strategy, "workers": workers})
+    else:
+        typer.echo("\n".join(str(part) for part in found))
+    raise typer.Exit(0 if equal else 1)
 
 
 def _factory(name: str, args: list[str], strategy: str, workers: int, steps: int, *, as_json: bool) -> Report:

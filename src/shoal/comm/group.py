@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from shoal.comm.levels import Hosts, Levels, Relay
 from shoal.errors import OrderError
 
 
@@ -118,6 +119,14 @@ class Carrier(Protocol):
     sent: Counter[str]  # bytes, by the first word of the label
 
     @property
+    def levels(self) -> Levels:
+        """The hosts of all ranks, where ranks of one host have a shorter way to each other than to others.
+
+        While this rank waits, it goes on with `levels.relays`.
+        """
+        ...
+
+    @property
     def ordered(self) -> bool:
         """Does it match what is sent with what is received by order alone? All ranks must post in one order then."""
         ...
@@ -180,6 +189,9 @@ class Carrier(Protocol):
 current: ContextVar[Carrier | None] = ContextVar("shoal_carrier", default=None)
 """What `shoal.init` uses in this context instead of looking for a place: a rank that is a thread, or a dry run."""
 
+latest: ContextVar[Carrier | None] = ContextVar("shoal_latest", default=None)
+"""Of the job that this rank has made last: what has no job as an argument goes over it (`shoal.dropin`)."""
+
 
 class Done:
     """Nothing to wait for any more."""
@@ -216,6 +228,8 @@ class Group:
         self.name, self.ranks, self.carrier = name, tuple(ranks), carrier
         self.rank, self.size = self.ranks.index(carrier.rank), len(self.ranks)
         self._count = 0
+        one = carrier.ordered  # what goes on as it comes knows no order
+        self.hosts = Hosts.among([0 if one else carrier.levels.hosts[r] for r in self.ranks])
 
     def swap(
         self, verb: str, sends: Sequence[Sequence[Strips]], receives: Sequence[Sequence[Strips | Like]], key: str = ""
@@ -231,9 +245,7 @@ class Group:
         Raises:
             OrderError: the job is closed.
         """
-        if not key:
-            self._count += 1
-            key = f"#{self._count}"
+        key = key or self.new_key()
         if self.size == 1:
             return Done()
         if self.carrier.closed:
@@ -241,16 +253,57 @@ class Group:
                 "the job is closed: ranks exchange nothing any more",
                 remedy="do this before job.close(), or inside `with shoal.init(...) as job:`",
             )
+        self._count_crossing(verb, sends)
         return self.carrier.post(
             f"{verb} {self.name} {key}",
             [(self.ranks[r], strips) for r, parcels in enumerate(sends) if r != self.rank for strips in parcels],
             [(self.ranks[r], box) for r, boxes in enumerate(receives) if r != self.rank for box in boxes],
         )
 
+    def new_key(self) -> str:
+        """What members know their next transfer by, where all begin them in one order."""
+        self._count += 1
+        return f"#{self._count}"
+
+    def _count_crossing(self, verb: str, sends: Sequence[Sequence[Strips]]) -> None:
+        home = self.hosts.home
+        away = [strips for r, parcels in enumerate(sends) if home[r] != home[self.rank] for strips in parcels]
+        if away:
+            self.carrier.levels.crossed[verb] += sum(t.nbytes for strips in away for t in strips)
+
     def gather(self, verb: str, flat: Tensor, bounds: Sequence[int], key: str = "") -> Pending:
         """Member r has filled `flat[bounds[r]:bounds[r + 1]]`; afterwards everybody has all of it."""
         parts = [flat[a:b] for a, b in pairwise(bounds)]
+        if self.hosts.two_levels:
+            return self._gather_by_hosts(verb, parts, key or self.new_key())
         return self.swap(verb, [[[parts[self.rank]]]] * self.size, [[[part]] for part in parts], key)
+
+    def _gather_by_hosts(self, verb: str, parts: Sequence[Tensor], key: str) -> Pending:
+        """A host's members each take a piece of what comes from another one, and pass it on to each other."""
+        me, home = self.rank, self.hosts.home
+        mates = self.hosts.of[home[me]]
+        away = [r for r in range(self.size) if home[r] != home[me]]
+        pieces = {r: torch.tensor_split(parts[r], len(mates)) for r in away}
+        sends: list[list[Strips]] = [[] for _ in parts]
+        for host, members in enumerate(self.hosts.of):
+            for member, piece in zip(members, torch.tensor_split(parts[me], len(members)), strict=True):
+                sends[member] = [[piece]] if host != home[me] else []
+        place = mates.index(me)
+        boxes = [[[pieces[r][place]]] if r in away else [] for r in range(self.size)]
+        far = self.swap(verb, sends, boxes, f"{key} far")
+        if len(mates) == 1:
+            return far
+        own = [[[parts[me]]] if r in mates else [] for r in range(self.size)]
+        near = self.swap(verb, own, [[[parts[r]]] if r in mates else [] for r in range(self.size)], key)
+
+        def pass_on() -> Pending:
+            out = [[[pieces[r][place] for r in away]] if m in mates else [] for m in range(self.size)]
+            into = [
+                [[pieces[r][mates.index(m)] for r in away]] if m in mates else [] for m in range(self.size)
+            ]  # fmt: skip
+            return self.swap(verb, out, into, f"{key} on")
+
+        return Relay(self.carrier.levels, far, near, pass_on)
 
     def common(self, numel: int, dtype: torch.dtype, device: torch.device) -> Common | None:
         """Zeros that all members see; None where they have no memory in common. Collective."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from shoal.comm.arena import Arena, View
 from shoal.comm.group import Group
+from shoal.comm.levels import Levels
 from shoal.comm.pairwise import Gloo
 from shoal.comm.rings import ALIVE, Ring, reserved
 from shoal.comm.shared_memory import Neighbour, Shared
@@ -50,6 +52,7 @@ def join_host(carrier: Gloo, *, wanted: bool) -> Gloo | Shared:
     views = {r: _view(cards[r], arena) for r in mates if r != carrier.rank and arena is not None}
     told = world.share("host", bytes(r == carrier.rank or views.get(r) is not None for r in range(carrier.size)))
     del carrier.sent["host"]  # of no model
+    carrier.levels = Levels(_hosts([c[:32] for c in cards], told))
     if arena is None or not all(told[a][b] for a in mates for b in mates):
         why = why or "processes may not open each other's files under /proc"
         mates = []
@@ -69,6 +72,15 @@ def join_host(carrier: Gloo, *, wanted: bool) -> Gloo | Shared:
         except OSError as e:  # it has ended since
             raise carrier.broken("host", rank, RuntimeError(e.strerror)) from None
     return Shared(carrier, near, arena)
+
+
+def _hosts(identities: Sequence[bytes], told: Sequence[bytes]) -> list[int]:
+    """A number for the host of every rank: that of its first rank, if all its ranks see each other's memory."""
+    numbers: list[int] = []
+    for rank, here in enumerate(identities):
+        mates = [r for r, there in enumerate(identities) if there == here]
+        numbers.append(mates[0] if any(here) and all(told[a][b] for a in mates for b in mates) else rank)
+    return numbers
 
 
 def _refusal(carrier: Gloo, why: str) -> EnvironmentFault:

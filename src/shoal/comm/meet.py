@@ -32,6 +32,14 @@ class Want(IntEnum):
     LOADER = 13
     CLOSE = 14
     ASIDE = 15  # what a model did for another one's sake is over
+    GRADIENTS = 16
+    REDUCE_VALUES = 40
+    GATHER_VALUES = 41
+    BROADCAST = 42
+    BARRIER = 43
+    ONCE = 44
+    EVALUATE = 45
+    PRETRAINED = 46
 
 
 _WORDS = {
@@ -50,6 +58,14 @@ _WORDS = {
     Want.LOADER: "starts a loader with fingerprint {}",
     Want.CLOSE: LAST_DOING,
     Want.ASIDE: "goes on after step {}",
+    Want.GRADIENTS: "is in job.gradients of step {}",
+    Want.REDUCE_VALUES: "is in job.reduce",
+    Want.GATHER_VALUES: "is in job.gather",
+    Want.BROADCAST: "is in job.broadcast",
+    Want.BARRIER: "is in job.barrier",
+    Want.ONCE: "is in job.once",
+    Want.EVALUATE: "is in job.evaluate",
+    Want.PRETRAINED: "is in job.load_pretrained",
 }
 
 

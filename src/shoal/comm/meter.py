@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.group import Box, Common, Done, Kept, Like, MakeSums, Parcel, Pending, Sums, current, new_strips
+from shoal.comm.levels import Levels
 from shoal.comm.rounds import ALL_REDUCE, REDUCE_SCATTER, count
 from shoal.random import get_states, set_states
 
@@ -19,13 +20,14 @@ class Meter:
 
     Args:
         rank, size: whose bytes are counted, and among how many.
-        shared: are they on one host whose memory they share?
+        shared: do ranks of one host share its memory?
+        ranks_per_host: how many are on each host, in their order; empty: all on one.
     """
 
     ordered = False
 
-    def __init__(self, rank: int, size: int, *, shared: bool = False) -> None:
-        self.shared = shared
+    def __init__(self, rank: int, size: int, *, shared: bool = False, ranks_per_host: Sequence[int] = ()) -> None:
+        self.shared, self.levels = shared, Levels.of(size, ranks_per_host)
         self.rank, self.size, self.sent = rank, size, Counter[str]()
         self.transfers = Counter[str]()  # how many were begun, by verb
         self.closed, self.failed = False, False
@@ -51,7 +53,7 @@ class Meter:
     def common(
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
-        return Imagined(numel, dtype, device) if self.shared else None
+        return Imagined(numel, dtype, device) if self.shared and self.levels.together(ranks) else None
 
     def sums(self, device: torch.device) -> MakeSums | None:
         return None if self.shared else self._sums
@@ -109,7 +111,8 @@ class Counted:
 
 
 def dry_run(
-    rank: int, size: int, rank_main: Callable[[int], object], *, shared: bool = False
+    rank: int, size: int, rank_main: Callable[[int], object], *, shared: bool = False,
+    ranks_per_host: Sequence[int] = (), crossing: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Count what a program would send, by verb, without a network or values.
 
@@ -117,15 +120,16 @@ def dry_run(
         rank, size: whose bytes, and among how many ranks.
         rank_main: the program of one rank, as for `threads.run`. In it `job.device` is "meta": models and batches that
             are moved there have shapes and no values.
-        shared: do all ranks share the memory of one host?
+        shared, ranks_per_host: see `Meter`.
+        crossing: count only what goes to other hosts.
     """
-    meter = Meter(rank, size, shared=shared)
+    meter = Meter(rank, size, shared=shared, ranks_per_host=ranks_per_host)
     context = copy_context()
     context.run(current.set, meter)
     states = get_states()
     context.run(rank_main, rank)
     set_states(states)
-    return dict(meter.sent)
+    return dict(meter.levels.crossed if crossing else meter.sent)
 
 
 class Alone(Meter):

@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from shoal.comm.boxes import Boxes, Numbered, numbered
 from shoal.comm.group import Box, Carrier, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
+from shoal.comm.levels import Levels
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
 from shoal.comm.pool import Pool
 from shoal.comm.reductions import Reductions
@@ -120,6 +121,7 @@ class Nccl:
         self.rank, self.size, self.sent = host.rank, host.size, host.sent
         self.closed, self.failed = False, False
         self.on, self.address, self.timeout = device, address, timeout
+        self.levels = Levels.one(self.size)  # NCCL knows hosts itself
         self.group = self._connected("nccl", range(self.size))
         self._sums: dict[str, Reductions] = {}
         self.order = Order(host)

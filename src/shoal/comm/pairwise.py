@@ -6,19 +6,17 @@ match: both wait, and the watch names them.
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import threading
 import time
 import weakref
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +25,8 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from shoal.comm.boxes import Boxes, numbered
 from shoal.comm.group import Box, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
+from shoal.comm.lanes import NEVER, Lanes, Pairs, asked_interfaces
+from shoal.comm.levels import Levels
 from shoal.comm.pool import Pool
 from shoal.comm.reductions import Reductions
 from shoal.comm.sockets import Wires, all_open, apart_from, forget_in_children, lead_nowhere, shut, sockets, toward
@@ -36,25 +36,17 @@ from shoal.errors import EnvironmentFault, PeerError, PeerLost
 
 T = TypeVar("T")
 
-_NEVER = timedelta(days=10)  # the watch ends waits, not gloo: its time-out knows nothing of other ranks
 _served: dict[int, Store] = {}  # by port, for this process's life: the ranks of a next job may have come already
-_NOBODY = 0  # a tag that nothing is sent with
 _MOMENT = 0.05  # seconds until a dead process has lost its last connection
+_GLANCE = 0.001  # seconds between two looks at what others wait for
 MARGIN = 0.5  # seconds beyond `timeout` for what torch does not let us stop while ranks meet
-
-
-class _Pairs(Protocol):
-    """What we use of a process group."""
-
-    def send(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work: ...
-    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work: ...
 
 
 class Address(NamedTuple):
     """Where the ranks of a job find each other.
 
     `attempt`: how often a launcher has restarted all of them. `device`: which in all the world this rank computes on;
-    "" is the host.
+    "" is the host. `interfaces`: the names of those to use; none: the one towards `host`.
     """
 
     rank: int
@@ -64,6 +56,7 @@ class Address(NamedTuple):
     agent_store: bool  # a launcher holds the store already
     attempt: int = 0
     device: str = ""
+    interfaces: tuple[str, ...] = ()
 
 
 class Gloo:
@@ -83,12 +76,16 @@ class Gloo:
     def __init__(self, address: Address, *, timeout: float, report: Callable[[str], None]) -> None:
         self.rank, self.size, self.sent = address.rank, address.size, Counter[str]()
         self.closed, self.failed = False, False
-        self.group: _Pairs | None
-        self.waiter, self.spare = Waiter(), Pool()
+        self.group: Pairs | None
+        self.waiter, self.spare, self.levels = Waiter(), Pool(), Levels.one(self.size)
+        self.beside: Callable[[], bool] = lambda: False  # do what others wait for; is there more of it to come?
         self.address, self.timeout = address, timeout
         self._sums: dict[str, Reductions] = {}
         before = sockets()
-        store, self.devices, self.group = bounded(lambda: _meet(address, timeout), timeout + MARGIN, address)
+        self.lanes = Lanes(address.interfaces or asked_interfaces(None), address.host, address.port)
+        store, self.devices, self.group = bounded(
+            lambda: _meet(address, self.lanes, timeout), timeout + MARGIN, address
+        )
         wires = self._take(before)
         to_store, self._wires = toward(address.port, wires), apart_from(address.port, wires)
         self.watch = Watch(
@@ -110,7 +107,8 @@ class Gloo:
         for start, parcels in ((self.group.recv, works.boxes.filled), (self.group.send, sends)):
             for index, peer, tensor in numbered(parcels):
                 try:
-                    works.add(peer, start([tensor], peer, tag_of(label, index, tensor)))
+                    for tag, part in self.lanes.split(label, index, tensor):
+                        works.add(peer, start([part], peer, tag))
                 except RuntimeError as e:
                     raise self.broken(label, peer, e) from None
         return works
@@ -134,7 +132,9 @@ class Gloo:
         if name not in self._sums:
             before, place = sockets(), self.address._replace(rank=list(ranks).index(self.rank), size=len(ranks))
             store = PrefixStore(f"sums/{name}/{ranks[0]}", cast(Any, self.watch.store).clone())  # the own may be busy
-            group = bounded(lambda: _group(store, place), self.timeout + MARGIN, self.address)
+            group = bounded(
+                lambda: self.lanes.together(store, place.rank, place.size), self.timeout + MARGIN, self.address
+            )
             self._wires = {**self._wires, **apart_from(self.address.port, self._take(before))}
             self._sums[name] = Reductions(self, group, ranks, streams=False)
         return self._sums[name]
@@ -188,7 +188,8 @@ class Gloo:
         if self.group is None or all_open(self._wires):
             return None
         try:
-            self.group.recv([torch.empty(1)], peer, _NOBODY)
+            for tag in self.lanes.probes:
+                self.group.recv([torch.empty(1)], peer, tag)
         except RuntimeError as e:
             return peer, e
         return None
@@ -199,12 +200,20 @@ class Gloo:
             missed = cast(Lost | None, None)
             while True:
                 with suppress(Empty):
-                    return outcome.get(timeout=TICK)
+                    return self._within(TICK, outcome)
                 if self.watch.judge() is not None:
                     raise self.ended(label)
                 before, missed = missed, self.missed()
                 if before and missed and before[0] == missed[0]:
                     return missed
+
+    def _within(self, seconds: float, outcome: SimpleQueue[Lost | None]) -> Lost | None:
+        """Raises `Empty` if nothing comes within so many seconds."""
+        ends = time.monotonic() + seconds
+        while self.beside() and time.monotonic() < ends:
+            with suppress(Empty):
+                return outcome.get(timeout=_GLANCE)
+        return outcome.get(timeout=max(0.0, ends - time.monotonic()))
 
     def ended(self, label: str) -> PeerError:
         """Why the job is over, for who was in the transfer `label`."""
@@ -254,10 +263,6 @@ def _plainly(error: Exception) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
-def tag_of(label: str, index: int, tensor: Tensor) -> int:
-    return zlib.crc32(f"{label}/{index}/{tensor.dtype}/{tensor.nbytes}".encode()) & 0x7FFFFFFF or 1
-
-
 # ---------------------------------------------------------------- how ranks meet
 
 
@@ -290,7 +295,7 @@ def _nobody(address: Address, which: str) -> EnvironmentFault:
     )
 
 
-def _meet(address: Address, timeout: float) -> tuple[Store, list[str], _Pairs]:
+def _meet(address: Address, lanes: Lanes, timeout: float) -> tuple[Store, list[str], Pairs]:
     """Wait for all ranks, then connect. Returns a store for this job alone, and the ranks' devices."""
     deadline = time.monotonic() + timeout
     store = PrefixStore(f"shoal/{address.attempt}", _open_store(address, timeout, deadline))
@@ -298,6 +303,7 @@ def _meet(address: Address, timeout: float) -> tuple[Store, list[str], _Pairs]:
     own = PrefixStore(str(jobs), store)
     Watch.enter(own, address.rank)
     own.set(f"device/{address.rank}", address.device)
+    own.set(f"lanes/{address.rank}", str(len(lanes.interfaces)))
     own.set(f"here/{address.rank}", str(address.size))
     for rank in range(address.size):
         while not own.check([f"here/{rank}"]):
@@ -306,7 +312,19 @@ def _meet(address: Address, timeout: float) -> tuple[Store, list[str], _Pairs]:
                 raise _nobody(address, f"within {timeout:g} s: rank {', '.join(absent)} did not come")
             time.sleep(0.01)
     devices = [own.get(f"device/{rank}").decode() for rank in range(address.size)]
-    return own, devices, _group(PrefixStore("gloo", own), address)
+    counts = [int(own.get(f"lanes/{rank}")) for rank in range(address.size)]
+    if len(set(counts)) > 1:
+        raise _unequal(counts)
+    return own, devices, lanes.pairs(PrefixStore("gloo", own), address.rank, address.size)
+
+
+def _unequal(counts: Sequence[int]) -> EnvironmentFault:
+    other = next(rank for rank, count in enumerate(counts) if count != counts[0])
+    return EnvironmentFault(
+        f"rank 0 uses {counts[0]} network interfaces and rank {other} uses {counts[other]}",
+        cause="interface= or GLOO_SOCKET_IFNAME differs between hosts",
+        remedy="as many names on every host, in the order in which they are connected",
+    )
 
 
 def _open_store(address: Address, timeout: float, deadline: float) -> Store:
@@ -318,7 +336,7 @@ def _open_store(address: Address, timeout: float, deadline: float) -> Store:
         store = TCPStore(
             address.host, address.port, address.size, serves, patience, wait_for_workers=False, multi_tenant=True
         )
-        store.set_timeout(_NEVER)  # or it prints when rank 0 is stopped
+        store.set_timeout(NEVER)  # or it prints when rank 0 is stopped
         if serves:
             _served.setdefault(address.port, store)
         return store
@@ -343,17 +361,3 @@ def _listened_at(address: Address, timeout: float, deadline: float) -> None:
             if time.monotonic() > deadline:
                 raise _nobody(address, f"within {timeout:g} s: {e}") from None
             time.sleep(0.05)
-
-
-def _group(store: Store, address: Address) -> _Pairs:
-    """A group over the interface that leads to the store, unless GLOO_SOCKET_IFNAME names one."""
-    if os.environ.get("GLOO_SOCKET_IFNAME"):
-        return cast(_Pairs, dist.ProcessGroupGloo(store, address.rank, address.size, timeout=_NEVER))
-    family, kind, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(place)  # sends nothing: only asks the system which way it would go
-        own = str(probe.getsockname()[0])
-    options = dist.ProcessGroupGloo._Options()  # pyright: ignore
-    options._timeout = _NEVER
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
-    return cast(_Pairs, dist.ProcessGroupGloo(store, address.rank, address.size, options))  # pyright: ignore

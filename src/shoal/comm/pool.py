@@ -19,9 +19,13 @@ class Pool:
     Args:
         make: where new ones come from.
         idle: may a buffer that was given back be overwritten? Others may still read it.
+        kept: buffers of one kind that wait to be used again at most.
     """
 
-    def __init__(self, make: Make | None = None, idle: Callable[[Tensor], bool] = lambda _buffer: True) -> None:
+    def __init__(
+        self, make: Make | None = None, idle: Callable[[Tensor], bool] = lambda _buffer: True, *, kept: int = KEPT
+    ) -> None:
+        self.kept = kept
         self.make: Make = make or (lambda numel, dtype, device: torch.empty(numel, dtype=dtype, device=device))
         self.idle = idle
         self.free: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
@@ -38,7 +42,7 @@ class Pool:
     def give(self, buffer: Tensor) -> None:
         self.out -= buffer.nbytes
         waiting = self.free.setdefault((buffer.numel(), buffer.dtype, buffer.device), [])
-        if len(waiting) < KEPT:
+        if len(waiting) < self.kept:
             waiting.append(buffer)
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.group import Box, Carrier, Common, Kept, Like, MakeSums, Parcel, Pending, Strips
+from shoal.comm.levels import Levels
 
 Far = Callable[[torch.device], bool]
 
@@ -33,6 +34,10 @@ class Routed:
     @property
     def ordered(self) -> bool:
         return self.host.ordered or self.device.ordered
+
+    @property
+    def levels(self) -> Levels:
+        return self.host.levels
 
     @property
     def closed(self) -> bool:

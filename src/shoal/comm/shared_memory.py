@@ -66,6 +66,8 @@ class Shared:
         self.rank, self.size, self.sent, self.watch = far.rank, far.size, far.sent, far.watch
         self.readers: dict[int, list[tuple[Ring, int]]] = {}  # of arena memory that was sent, by its offset
         self.under_way: list[Letters] = []  # those for which something is still to come from this host
+        self.levels = far.levels
+        far.beside = self.look_after
         self._lives = select.poll()
         for neighbour in near.values():
             self._lives.register(neighbour.life, select.POLLIN)
@@ -222,6 +224,7 @@ class Shared:
         with self.watch.waiting(label):
             start = judged = lived = time.monotonic()
             while lacks() is not None:
+                self.go_on()
                 now = time.monotonic()
                 if now - start < _YIELD:
                     os.sched_yield()
@@ -234,6 +237,19 @@ class Shared:
                 if now - judged > TICK:
                     judged = now
                     self._check_job(lacks, label)
+
+    def go_on(self) -> None:
+        """Pass on what has come; that is not what this rank waits for."""
+        if self.levels.relays:
+            where = self.watch.where
+            self.levels.go_on()
+            self.watch.where = where
+
+    def look_after(self) -> bool:
+        """Do what other ranks of this host may wait for. Is there more of it to come?"""
+        self.take_in()
+        self.go_on()
+        return bool(self.under_way or self.levels.relays)
 
     def take_in(self) -> None:
         """What has come for other transfers, and hand over what waits for room."""
@@ -397,7 +413,8 @@ def _about(box: Strips | Like) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def _bytes(t: Tensor) -> bytes:
-    return t.detach().cpu().view(-1).view(torch.uint8).numpy().tobytes()
+    copy = t.detach().cpu().view(-1).clone()  # a storage that numpy has seen can never be resized again
+    return copy.view(torch.uint8).numpy().tobytes()
 
 
 def _tag(label: str, index: int, dtype: torch.dtype, nbytes: int) -> int:

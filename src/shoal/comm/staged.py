@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.comm.boxes import Boxes
 from shoal.comm.group import Box, Carrier, Common, Kept, MakeSums, Parcel, Pending, Strips
+from shoal.comm.levels import Levels
 from shoal.comm.pool import Pool
 
 HOST = torch.device("cpu")
@@ -33,6 +34,10 @@ class Staged:
         self.rank, self.size, self.sent = host.rank, host.size, host.sent
         self.spare = Pool()
         self.stages = Pool(lambda numel, dtype, _: torch.empty(numel, dtype=dtype, device=HOST, pin_memory=pinned))
+
+    @property
+    def levels(self) -> Levels:
+        return self.host.levels
 
     @property
     def closed(self) -> bool:

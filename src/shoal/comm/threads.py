@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.group import Box, Common, Kept, Like, MakeSums, Parcel, Pending, Strips, Sums, current
+from shoal.comm.levels import Levels
 from shoal.comm.rounds import ALL_REDUCE, REDUCE_SCATTER, count
 from shoal.errors import PeerError, PeerLost, StalledError
 from shoal.random import get_states, set_states
@@ -28,13 +29,15 @@ Key = tuple[int, int, str]
 class Board:
     """Where ranks leave messages, and who has the baton."""
 
-    def __init__(self, size: int, seed: int | None, *, common: bool, scatters: bool) -> None:
-        self.common, self.scatters = common, scatters
+    def __init__(
+        self, size: int, seed: int | None, *, common: bool, scatters: bool, ranks_per_host: Sequence[int]
+    ) -> None:  # fmt: skip
+        self.common, self.scatters, self.ranks_per_host = common, scatters, ranks_per_host
         self.size, self.order = size, random.Random(seed) if seed is not None else None
         self.changed = threading.Condition()
         self.mail: dict[Key, deque[Strips]] = {}
         self.commons = 0
-        self.wants: dict[int, Key | None] = dict.fromkeys(range(size))  # of living ranks; None: can run
+        self.wants: dict[int, Callable[[], bool] | None] = dict.fromkeys(range(size))  # of living ranks; None: can run
         self.where, self.doing = [""] * size, ["starts"] * size
         self.holder = 0
         self.gone: dict[int, str] = {}
@@ -42,7 +45,7 @@ class Board:
 
     def pass_on(self, rank: int) -> None:
         """Give the baton to the next rank that can run; without one, it is a deadlock."""
-        ready = [r for r in self.wants if self.wants[r] is None or self.mail.get(self.wants[r] or (0, 0, ""))]
+        ready = [r for r, can_run in self.wants.items() if can_run is None or can_run()]
         after = [r for r in ready if r > rank] + [r for r in ready if r <= rank]
         if after:
             self.holder = after[0] if self.order is None else self.order.choice(after)
@@ -52,15 +55,17 @@ class Board:
             self.deadlock = "\n".join(f"    rank {r}: '{where}' ({doing})" for r, (where, doing) in marks)
         self.changed.notify_all()
 
-    def receive(self, rank: int, key: Key) -> Strips:
+    def receive(self, rank: int, key: Key, levels: Levels) -> Strips:
         with self.changed:
-            if not self.mail.get(key):
-                self.wants[rank] = key
+            levels.go_on()
+            while not self.mail.get(key) and not self.deadlock:
+                self.wants[rank] = lambda: bool(self.mail.get(key)) or levels.can_go_on()
                 states = get_states()
                 self.pass_on(rank)
                 self.changed.wait_for(lambda: self.holder == rank or self.deadlock)
                 set_states(states)
                 self.wants[rank] = None
+                levels.go_on()
             if self.mail.get(key):
                 return self.mail[key].popleft()
             if self.lost:
@@ -90,6 +95,10 @@ class Threads:
     def __init__(self, rank: int, board: Board) -> None:
         self.rank, self.size, self.board, self.sent = rank, board.size, board, Counter[str]()
         self.closed, self.failed = False, False
+        self.levels = Levels.of(board.size, board.ranks_per_host)
+
+    def receive(self, peer: int, label: str) -> Strips:
+        return self.board.receive(self.rank, (peer, self.rank, label), self.levels)
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         self.board.where[self.rank] = label
@@ -110,7 +119,7 @@ class Threads:
     def common(
         self, label: str, ranks: Sequence[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Common | None:  # fmt: skip
-        if not self.board.common:
+        if not (self.board.common and self.levels.together(ranks)):
             return None
         if self.rank == ranks[0]:
             self.board.commons += 1
@@ -118,7 +127,7 @@ class Threads:
             for peer in ranks[1:]:
                 self.mail((peer, label), letter)
         else:
-            letter = self.board.receive(self.rank, (ranks[0], self.rank, label))
+            letter = self.receive(ranks[0], label)
         number = int(letter[1])  # a later job's labels are the same
         return Seen(self, f"common {number}", [r for r in ranks if r != self.rank], letter[0])
 
@@ -161,7 +170,7 @@ class Letters:
 
     def wait(self) -> Sequence[Strips]:
         for peer, box in self.receives:
-            letter = self.carrier.board.receive(self.carrier.rank, (peer, self.carrier.rank, self.label))
+            letter = self.carrier.receive(peer, self.label)
             self._open(box, letter)
         self.receives = ()
         return self.received
@@ -228,8 +237,8 @@ class Adding:
     def wait(self) -> Sequence[Strips]:
         if not self.over:
             carrier = self.of.carrier
-            me, board = carrier.rank, carrier.board
-            all_of = [self.mine if r == me else board.receive(me, (r, me, self.place))[0] for r in self.of.ranks]
+            me = carrier.rank
+            all_of = [self.mine if r == me else carrier.receive(r, self.place)[0] for r in self.of.ranks]
             assert all(t.shape == self.mine.shape for t in all_of), self.place
             self.result.copy_(all_of[0][self.part])
             for t in all_of[1:]:
@@ -272,7 +281,7 @@ class Currency:
         seen = self.seen
         for peer in seen.heard:
             while seen.heard[peer] < self.count:
-                seen.carrier.board.receive(seen.carrier.rank, (peer, seen.carrier.rank, seen.label))
+                seen.carrier.receive(peer, seen.label)
                 seen.heard[peer] += 1
         return ()
 
@@ -281,7 +290,8 @@ class Currency:
 
 
 def run(
-    size: int, rank_main: Callable[[int], T], *, seed: int | None = None, common: bool = False, scatters: bool = False
+    size: int, rank_main: Callable[[int], T], *, seed: int | None = None, common: bool = False, scatters: bool = False,
+    ranks_per_host: Sequence[int] = (),
 ) -> list[T]:  # fmt: skip
     """Run `rank_main(rank)` in `size` threads, in each of which `shoal.init` finds its place.
 
@@ -289,8 +299,9 @@ def run(
         size: number of ranks.
         rank_main: the program of one rank.
         seed: shuffle who runs next; None takes turns.
-        common: have ranks memory in common, as processes of one host can?
+        common: have ranks of one host memory in common, as processes can?
         scatters: fast numerics play a backend whose reduce-scatter is fast (NCCL), not one that all-reduces (gloo).
+        ranks_per_host: hosts to play, and how many ranks are on each; empty: all on one.
 
     Returns:
         What each rank returned.
@@ -298,7 +309,7 @@ def run(
     Raises:
         Exception: the first rank's own error; that a peer is lost or stuck counts only if nobody had another.
     """
-    board = Board(size, seed, common=common, scatters=scatters)
+    board = Board(size, seed, common=common, scatters=scatters, ranks_per_host=ranks_per_host)
     results, errors = dict[int, T](), dict[int, BaseException]()
     states = get_states()
 

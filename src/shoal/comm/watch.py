@@ -125,11 +125,14 @@ class Watch:
 
     @contextmanager
     def waiting(self, label: str) -> Generator[None]:
+        outer = self.where, self.since, self.reported
         self.where, self.since, self.reported = label, time.monotonic(), False
         try:
             yield
         finally:
             self.since = None
+            if outer[1] is not None:  # what was looked after while this rank waited for something else
+                self.where, self.since, self.reported = outer
 
     def end(self, verdict: Verdict) -> Verdict:
         """Say why the job cannot go on. Returns the first word on it, from whatever rank."""

@@ -47,6 +47,7 @@ class LeafFeed:
         self.acted, self.opened = False, False
         self.handed: Handed | None = None
         self.more = 0  # batches of the leaf under way after its first
+        self.batches = 0  # handed out in this loop since a leaf ended: before its forward too
         self.loop: Loop | None = None
         self.after_step: Callable[[], None] = lambda: None  # called between steps, on all ranks
 
@@ -81,6 +82,13 @@ class LeafFeed:
         """Steps that have acted."""
         return max((engine.steps for engine in self.engines), default=0)
 
+    def leaf_now(self) -> int | None:
+        """The leaf that this rank works on, or comes to next; None: none in this turn."""
+        if self.handed is not None or not self.engines:
+            return None if self.handed is None else self.handed.leaf
+        engine = self.engines[0]
+        return engine.turns.leaf(self.cell, engine.turn)
+
     def new_turns(self, present: int) -> Turns:
         """The leaves of a step of which the first `present` have data."""
         assignment = setup.leaves_of(self.strategy, self.mesh, rules(self.strategy))
@@ -93,9 +101,10 @@ class LeafFeed:
             engine.before_open()
         self._advance()
         self.handed = handed
+        self.batches += 1
         self.means.begin(handed)
         for engine in self.engines:
-            engine.coming = LeafInfo(handed.leaf, handed.weight, handed.turns.present)
+            engine.coming = LeafInfo(handed.leaf, handed.weight, handed.turns.present, handed.turns.summed)
         if any(engine.leaf is not None for engine in self.engines):  # one more batch of the same leaf
             self.more += 1
             everything(mix("more", self.seed, self.step, str(handed.leaf), self.more))  # random numbers of its own
@@ -109,6 +118,7 @@ class LeafFeed:
         self.acted |= acted
         if len(self.stepped) == len(self.engines):
             self._advance()
+            self.batches = 0
         else:
             engine.rest()
 
@@ -125,7 +135,7 @@ class LeafFeed:
 
     def begin(self) -> Loop:
         """A loop over batches begins, perhaps inside another."""
-        self.loop = Loop(self)
+        self.loop, self.batches = Loop(self), 0
         self.means = Means(self.means.meeting)
         return self.loop
 
@@ -146,16 +156,19 @@ class LeafFeed:
         self.mesh.world.carrier.note(f"has done step {self.step - 1}")
         set_seed(self.seed, self.step)
         if self.say is not None and self.handed is not None:
-            self.say(self._what_a_leaf_is(self.more + 1))
+            self.say(self._what_a_leaf_is(max(self.batches, self.more + 1), self.handed.samples))
             self.say = None
 
-    def _what_a_leaf_is(self, batches: int) -> str:
+    def _what_a_leaf_is(self, batches: int, samples: int) -> str:
+        """Which meaning holds, with the arithmetic of a step's batch."""
+        several = f"{batches} x " if batches > 1 else ""
+        sum_ = f": {self.leaves} x {several}{samples} samples" if samples else ""
         bits = "bits" if self.strategy.numerics == "exact" else "numbers but for rounding"
         if batches == 1:
-            return f"a leaf is one batch of the loader, {self.leaves} a step: the same {bits} at any world size"
+            return f"a leaf is one batch of the loader, {self.leaves} a step{sum_}; the same {bits} at any world size"
         return (
-            f"a leaf is the {batches} batches between two calls of optimizer.step(), {self.leaves} a step: the same "
-            f"{bits} at this world size only; for any, leaves= and step() after every batch"
+            f"a leaf is the {batches} batches between two calls of optimizer.step(), {self.leaves} a step{sum_}; "
+            f"the same {bits} at this world size only; for any, leaves= and step() after every batch"
         )
 
     def _leaf_opens(self, engine: Engine, leaf: Leaf) -> None:

@@ -46,12 +46,16 @@ class Feed(Protocol):
 
 
 class Handed(NamedTuple):
-    """Which leaf a batch is. `leaf` None: real data, so that user code runs, but nobody needs its gradient."""
+    """Which leaf a batch is. `leaf` None: real data, so that user code runs, but nobody needs its gradient.
+
+    `samples`: of a full batch; 0: not known.
+    """
 
     leaf: int | None
     weight: float
     turn: int
     turns: Turns
+    samples: int = 0
 
 
 class LeafBatch(NamedTuple):
@@ -81,6 +85,7 @@ class Loader(Generic[T_co]):
         self.feed, self.source, self.steps = feed, source, steps
         self.epoch, self.next_step = 0, 0
         self.begun = False
+        self.made: Callable[[T_co], T_co] = lambda batch: batch  # what is handed out in a batch's place
 
     @property
     def dataset(self) -> Dataset[T_co]:
@@ -98,10 +103,10 @@ class Loader(Generic[T_co]):
         batches = [SeededBatch(indices, mix("data", self.feed.seed, self.epoch, s, h.leaf)) for s, h, indices in mine]
         loop = self.feed.begin()
         try:
-            for (step, handed, _), batch in zip(mine, _remake(self.source, batches), strict=True):
+            for (step, handed, _), batch in zip(mine, remake(self.source, batches), strict=True):
                 self.next_step = step + 1
                 self.feed.hand_out(handed)
-                yield batch
+                yield self.made(batch)
             self.go_to(self.epoch + 1, 0)
         finally:
             self.feed.end(loop)
@@ -115,9 +120,9 @@ class Loader(Generic[T_co]):
             for turn in range(turns.run_by(self.feed.cell)):
                 leaf = turns.leaf(self.feed.cell, turn)
                 batch = leaves[leaf or 0]
-                found.append(
-                    (number, Handed(leaf, batch.weight if leaf is not None else 0.0, turn, turns), batch.indices)
-                )
+                full = round(len(batch.indices) / batch.weight) if batch.weight else 0
+                weight = batch.weight if leaf is not None else 0.0
+                found.append((number, Handed(leaf, weight, turn, turns, full), batch.indices))
         return found
 
     def position(self) -> dict[str, int]:
@@ -134,8 +139,13 @@ def steps_of_dataset(
     """Every step takes the next `global_batch` samples, cut into equal leaves; the last ones may be short or missing.
 
     Raises:
-        BatchError: the leaves do not divide the global batch.
+        BatchError: the leaves do not divide the global batch, or samples have no numbers.
     """
+    if isinstance(dataset, IterableDataset):
+        raise BatchError(
+            "job.loader reads an IterableDataset, whose samples have no numbers to count out",
+            remedy="pass a DataLoader of it to job.prepare; or a map-style dataset (with __len__ and __getitem__)",
+        )
     total = len(cast(Sized, dataset))
 
     def steps(epoch: int, leaves: int) -> list[list[LeafBatch]]:
@@ -171,13 +181,8 @@ def steps_of_loader(loader: DataLoader[object], seed: int, say: Callable[[str], 
     """A step takes as many of the loader's own batches as there are leaves.
 
     Raises:
-        BatchError: a loader whose batches cannot be counted out: an iterable dataset, or batch_size=None.
+        BatchError: a loader whose batches cannot be counted out, as batch_size=None.
     """
-    if isinstance(loader.dataset, IterableDataset):
-        raise BatchError(
-            "the loader reads an IterableDataset, whose samples have no numbers to count out",
-            remedy="a map-style dataset (with __len__ and __getitem__)",
-        )
     sampler = cast("Iterable[Sequence[int]] | None", loader.batch_sampler)
     if sampler is None:
         raise BatchError("the loader has batch_size=None", remedy="give the DataLoader a batch_size")
@@ -231,7 +236,8 @@ class SeededDataset:
         return len(cast(Sized, self.dataset))
 
 
-def _remake(source: DataLoader[T_co], batches: list[SeededBatch]) -> DataLoader[T_co]:
+def remake(source: DataLoader[T_co], batches: list[SeededBatch]) -> DataLoader[T_co]:
+    """The same loader, with these batches."""
     workers = source.num_workers
     return DataLoader(
         cast(Dataset[T_co], SeededDataset(cast(Dataset[object], source.dataset))),

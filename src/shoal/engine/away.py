@@ -43,13 +43,16 @@ class AwayGrad(Tensor):
 
     param_name: str
     accumulate: Accumulate | None
+    layerwise: bool  # will it have been used before the step?
 
     @staticmethod
-    def __new__(cls: type[AwayGrad], like: Tensor, name: str, accumulate: Accumulate | None = None) -> AwayGrad:
+    def __new__(
+        cls: type[AwayGrad], like: Tensor, name: str, accumulate: Accumulate | None = None, *, layerwise: bool = False
+    ) -> AwayGrad:
         made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
             cls, like.shape, dtype=like.dtype, device=like.device
         )
-        made.param_name, made.accumulate = name, accumulate
+        made.param_name, made.accumulate, made.layerwise = name, accumulate, layerwise
         return made  # pyright: ignore[reportUnknownVariableType]
 
     @classmethod
@@ -77,30 +80,49 @@ class AwayGrad(Tensor):
         _refuse(args)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"<gradient of '{self.param_name}': held by shoal until the step; see job.clip_grad_norm>"
+        return f"<gradient of '{self.param_name}': held by shoal until the step; see job.gradients>"
 
 
-def _called_from(module: str) -> bool:
+_READ = "with job.gradients(): ... shows every p.grad whole, to read; job.clip_grad_norm(max_norm) returns their norm"
+_CLIP = "torch.nn.utils.clip_grad"
+_INSTEAD = {
+    (_CLIP, "clip_grad_value_"): "job.clip_grad_value(limit) in its place",
+    (_CLIP, ""): "job.clip_grad_norm(max_norm) in its place clips and returns the true global norm",
+    ("torch.nn.modules.module", "zero_grad"): "optimizer.zero_grad(), or model.zero_grad() as it is by default",
+}
+"""The line to write instead, by the module and function that touched a gradient."""
+
+
+def _called_from(module: str, function: str = "") -> bool:
     """Is code of that module under way?"""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__") != module:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module and function in ("", frame.f_code.co_name):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def _refuse(args: Sequence[object]) -> NoReturn:
+    flat: list[object] = []
+    for a in args:
+        flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)  # pyright: ignore[reportUnknownArgumentType]
+    found = next((a for a in flat if isinstance(a, AwayGrad)), None)
+    if found is not None and found.layerwise:
+        raise AwayError(
+            f"layerwise=True: the gradient of '{found.param_name}' is used and gone before optimizer.step()",
+            cause="a GradScaler, clipping and whatever else looks at gradients needs all of them at once",
+            remedy="layerwise=False",
+        )
     if _called_from("torch.amp.grad_scaler"):
         raise AwayError(
             "a GradScaler would unscale gradients that live in shards",
             remedy='shoal.init(..., precision="float16") scales losses itself; call loss.backward() and '
             "optimizer.step() without the GradScaler",
         )
-    flat: list[object] = []
-    for a in args:
-        flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)  # pyright: ignore[reportUnknownArgumentType]
-    name = next((a.param_name for a in flat if isinstance(a, AwayGrad)), "?")
+    name = found.param_name if found is not None else "?"
     raise AwayError(
         f"the gradient of '{name}' is not a whole tensor of this rank",
         cause="shoal sums gradients over all leaves of a step and hands each rank what it updates",
-        remedy="job.clip_grad_norm(max_norm) clips and returns the true global norm",
+        remedy=next((line for where, line in _INSTEAD.items() if _called_from(*where)), _READ),
     )

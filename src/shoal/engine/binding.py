@@ -20,7 +20,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.hooks import Handle
 from shoal.engine.norm import global_norm, norms
 from shoal.engine.unit import Unit
-from shoal.errors import OptimizerError, OrderError
+from shoal.errors import OptimizerError, OrderError, SettingError
 from shoal.leaves import assign
 from shoal.optim import NeedsNorms
 from shoal.strategy import Strategy
@@ -59,6 +59,7 @@ class Binding:
         self.names, self.strategy, self.ended = names, s, ended
         self.holder = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self.stepped = False
+        self.norm: float | None = None  # of the gradients, when they were last clipped
         self.on_step: Callable[[Binding], None] = lambda _binding: None
         self.schedulers: list[LRScheduler] = []
         self.order = {n: i for i, (n, _) in enumerate(self.model.named_parameters())}
@@ -113,6 +114,8 @@ class Binding:
             else:
                 engine.end_leaf()
         self.on_step(self)
+        if self.stepped and engine.gradients.layerwise:
+            self.updater()  # hooks may have come
         if self.stepped and not engine.settled and self._by_units(optimizer):
             engine.later = self.later and not self.averages
             engine.update(self._updater(optimizer))
@@ -156,6 +159,13 @@ class Binding:
 
         return update
 
+    def updater(self) -> Callable[[Sequence[Unit]], None]:
+        """The only optimizer's step on some units, while others' gradients are not there yet."""
+        optimizer = self.optimizers[0]
+        if not self._by_units(optimizer):
+            optim.check_layerwise(self.optimizers, self.strategy.precision)
+        return self._updater(optimizer)
+
     def _of_unit(self, unit: Unit, group: int) -> list[nn.Parameter]:
         """The pieces of a unit in one of the optimizer's groups."""
         if unit.index not in self._pieces:
@@ -179,16 +189,23 @@ class Binding:
     def clip_grad_norm(self, max_norm: float) -> float | None:
         """See `Job.clip_grad_norm`."""
         engine = self.engine
+        if engine.gradients.layerwise:
+            raise SettingError(
+                "clip_grad_norm with layerwise=True",
+                cause="units are updated while backward runs; the norm is known when all gradients are there",
+                remedy="layerwise=False, or do not clip",
+            )
         if engine.turn < engine.own_turns - 1:
             return None
         engine.settle()
         engine.meeting.meet(Want.CLIP, engine.steps, model=engine.number)
         if engine.overflow is not None:
+            self.norm = math.inf
             return math.inf
-        norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh)
+        norm = self.norm = global_norm([u for u in engine.units if u.trainable], self.order, engine.mesh)
         scale = min(max_norm / (norm + 1e-6), 1.0)  # in this order NaN stays NaN, as in torch
         if scale != 1.0:
-            engine.gradients.multiply(scale)
+            engine.gradients.change(lambda part: part.mul_(scale))
         return norm
 
     def _norms(self, values: Mapping[Tensor, Sequence[Tensor]]) -> dict[Tensor, list[float]]:
@@ -243,6 +260,7 @@ class Binding:
         engine.updates.flush()
         engine.meeting.meet(Want.WHOLE, int(write), model=engine.number)
         carrier = engine.mesh.world.carrier
+        engine.presence.free_all()  # what stays between two leaves: the next one gathers it again
         for unit in engine.units:
             unit.lend()
         engine.presence.leased = True

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from shoal.comm.group import Group
 from shoal.comm.pool import Pool
-from shoal.engine.sums import Sum, agree, drain, even_bounds, finished, new_tree
+from shoal.engine.exchange import agree, finished
+from shoal.engine.sums import Sum, drain, even_bounds, new_tree
 from shoal.engine.turns import Turns
 from shoal.leaves import Weighed
 

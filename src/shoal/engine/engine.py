@@ -18,8 +18,9 @@ from shoal.engine.fast import Axes
 from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf, LeafInfo
 from shoal.engine.presence import Presence, shares
+from shoal.engine.residence import Residence, Room
 from shoal.engine.scale import LossScale, Overflow
-from shoal.engine.schedule import Act, Cursor, Plan, Record, fullest, make_plan
+from shoal.engine.schedule import Act, Cursor, Record, fullest, in_order
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around, together
@@ -49,23 +50,27 @@ class Engine:
         number: of the model in its job.
         scale: of losses; None: they are not scaled.
         axes: who adds up gradients, where numerics are fast.
+        layerwise: update units while backward runs, in leaves that follow a plan.
     """
 
     def __init__(
         self, model: nn.Module, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules,
         assignment: Assignment, leaves: int, *, twig: int = 1, overlap: bool = True, number: int = 0,
         scale: LossScale | None = None, axes: Axes | None = None,
+        layerwise: bool = False,
     ) -> None:  # fmt: skip
         self.number, self.scale = number, scale
         self.all_turns = False
         self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
         self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
-        self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes)
+        self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes, layerwise=layerwise)
         self.updates = Updates(self.gradients, self._renew)
         self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
         self.visits = Visits(self._let_go)
         self.set_leaves(assignment, leaves, twig)
-        self.plan: Plan | None = None
+        self.plan: Residence | None = None
+        self.budgeted = False
+        self.room: Callable[[], Room | None] = lambda: None  # for wholes, where there is a budget
         self.expected = Counter[int]()
         self.coming: LeafInfo | None = None
         self.steps, self.turn, self.turns_done = 0, 0, 0
@@ -77,6 +82,8 @@ class Engine:
         self.seed = 0
         self.say: Callable[[str], None] = lambda _text: None
         self.before_open: Callable[[], None] = lambda: None
+        self.updater: Callable[[], Callable[[Sequence[Unit]], None]] | None = None  # of layerwise updates
+        self.begun_most = 0  # bytes of gradients of units whose backward was under way at the same time
         self.grads_written: Callable[[], bool] = lambda: True  # may whoever updates write to gradients?
         self.buffers = Buffers(model, mesh.data)
         self.on_open: Callable[[Engine, Leaf], None] = lambda _engine, _leaf: None
@@ -120,6 +127,11 @@ class Engine:
         return self.presence.leased
 
     @property
+    def sizes(self) -> dict[int, int]:
+        """Bytes that every unit takes while it is whole, beyond what rests."""
+        return {u.index: 0 if u.resident or u.common else u.numel * u.dtypes.compute.itemsize for u in self.units}
+
+    @property
     def recording(self) -> bool:
         """Is a leaf under way that follows no plan?"""
         return self.leaf is not None and self.leaf.cursor is None
@@ -144,6 +156,7 @@ class Engine:
         self._check_parameters()
         if self.turn == 0 and self.coming is not None:
             self._new_step(self.coming.present)
+            self.turns.summed = self.coming.summed
         number = self.turns.leaf(self.mesh.cell, self.turn)
         info, self.coming = self.coming or LeafInfo(number, 1.0, self.leaves), None
         if info.leaf != number:
@@ -160,9 +173,17 @@ class Engine:
     def _open(self, number: int | None, weight: float) -> None:
         if self.gathers:
             self._meet(Want.LEAF, self.turns_done)
-        entries = [e for e in self.plan or () if e.act is Act.GATHER or self.turns.reduces(self.turn)]
-        cursor = Cursor(tuple(entries)) if self.plan is not None else None
-        self.leaf = Leaf(number, weight, self.turn, self.turns_done, cursor)
+        self.leaf = Leaf(number, weight, self.turn, self.turns_done, None)
+        if self.plan is not None:
+            after = self.turn < self.turns.count - 1
+            course = self.plan.course(before=bool(self.presence.carried), after=after)
+            reduces = self.turns.reduces(self.turn)
+            self.leaf.cursor = Cursor(tuple(e for e in course.entries if reduces or e.act is Act.GATHER))
+            self.presence.begin(self.leaf, course)
+            if self.updater is not None and not after:
+                self.updates.early = Decided(
+                    step=self.steps, touched=self.gradients.told, apart=self.grads_written(), update=self.updater()
+                )  # fmt: skip
 
     def _meet(self, want: Want, number: int, payload: bytes = b"") -> list[bytes]:
         return self.meeting.meet(want, number, payload, model=self.number)
@@ -193,7 +214,8 @@ class Engine:
             self.visits.forget()
             self.presence.free_all()
             self.buffers.end(self.mesh.cell if acted else None, 1.0)
-        if acted and any(self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed]))):
+        changed = self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed])) if acted else []
+        if any(map(any, changed)):  # else equal values would be averaged, and a third of three is not always the same
             self.buffers.settle(Turns.one_each(self.mesh.cells))
 
     def _check_parameters(self) -> None:
@@ -241,13 +263,12 @@ class Engine:
             self.gradients.check_kept(unit, leaf)
             self.gradients.take(unit, leaf)
         if leaf.cursor is not None:
-            while self.presence.advance():
-                pass
+            self.presence.drain(leaf)
         elif self.turns.reduces(self.turn):
             for unit in trainable:
                 self.gradients.start(unit, leaf)
         self.visits.forget()
-        self.presence.free_all()
+        self.presence.free_all(leaf.stay)
         if self.plan is None and self.overlap:
             self._make_plan(leaf)
         if leaf.number is not None:
@@ -261,10 +282,27 @@ class Engine:
         self.updates.order = list(dict.fromkeys(leaf.entered))
         told = self.mesh.world.share_any("plan", leaf.record.to_json())
         record = fullest([Record.from_json(data) for data in told])
-        if +record.times:  # otherwise nobody has run a backward: the next leaf will tell
-            reduced = {u.index for u in self.units if u.trainable}
-            self.plan = make_plan(record, around(self.units), reduced, together(self.units))
-            self.expected = record.times
+        if not +record.times:  # nobody has run a backward: the next leaf will tell
+            return
+        reduced = {u.index for u in self.units if u.trainable}
+        events = in_order(record, around(self.units), reduced, together(self.units))
+        sizes, room = self._agreed()
+        self.plan = Residence(events=events, sizes=sizes, room=room, carry=self.turns.count > 1 and not self.all_turns)
+        self.presence.residence, self.expected = self.plan, record.times
+        if room is not None:
+            self.say(str(self.plan))
+
+    def _agreed(self) -> tuple[dict[int, int], Room | None]:
+        """What units take while they are whole, and the room for that, as seen by the rank that has least."""
+        sizes, room = self.sizes, self.room()
+        if not self.gathers:
+            return sizes, None
+        mine = [*sizes.values(), *(-n for n in room or ())]
+        form = struct.Struct(f"<{len(mine)}q")
+        told = [form.unpack(data) for data in self.mesh.world.share("plan", form.pack(*mine))]
+        worst = [max(seen) for seen in zip(*told, strict=True)]
+        agreed = dict(zip(sizes, worst[: len(sizes)], strict=True))
+        return agreed, Room(*(-n for n in worst[len(sizes) :])) if room else None
 
     def vote(self) -> None:
         """End the step: all leaves of all ranks are in, and ranks know what to update. Done once a step."""
@@ -275,6 +313,7 @@ class Engine:
         while self.turn < self.turns.count:  # serve ranks that have more leaves
             self._open(None, 0.0)
             self.end_leaf()
+        self.updates.catch_up(wait=True)
         names = self.gradients.names
         bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)
         bits |= self.buffers.changed << len(names)
@@ -317,6 +356,7 @@ class Engine:
             for unit in self.units:
                 unit.wait()
         self._rescale()
+        self.updates.begin()
         self.steps += 1
         self._new_step(self.leaves)
 
@@ -459,12 +499,19 @@ class Engine:
             self.presence.check_here(unit)
         leaf.fresh.add(unit.end_of[name])
         leaf.touched.add(name)
+        self._count(unit, leaf)
         if unit.index in leaf.done:
             raise PlanError(
                 f"'{name}' got a gradient after those of {unit} had been handed on",
                 cause="more backward calls, or other uses of a block, than in the first leaf",
                 remedy="shoal.init(..., overlap=False) reduces at optimizer.step(), after any number",
             )
+
+    def _count(self, unit: Unit, leaf: Leaf) -> None:
+        if self.gradients.layerwise and unit.index not in leaf.begun:
+            leaf.begun.add(unit.index)
+            under_way = [u for u in self.units if u.index in leaf.begun and not _over(u, leaf)]
+            self.begun_most = max(self.begun_most, sum(u.layout.used * u.dtypes.compute.itemsize for u in under_way))
 
     def _no_leaf(self) -> OrderError:
         return OrderError(
@@ -489,3 +536,10 @@ class Engine:
         if not leaf.backwards:
             self.gradients.hide()
         self.presence.pump()
+
+
+def _over(unit: Unit, leaf: Leaf) -> bool:
+    """Are all of its gradients there, as far as anybody knows in this leaf?"""
+    if leaf.cursor is not None:
+        return unit.index in leaf.done
+    return all(leaf.record.times[end] and end not in leaf.fresh for end in unit.ends)

@@ -153,7 +153,7 @@ class Fast:
         """
         parts, numel = self._parts(unit)
         one_journey = last and (turns.count == 1 or not turns.every_leaf)
-        total = turns.total if last else 0.0
+        total = turns.divisor if last else 0.0
         whole = self.pool.take(numel, unit.dtypes.reduce, unit.device)
         fold(mine, whole, parts, unit.runs, factor=1 / total if one_journey and total else 1.0)
         own = parts[self.mesh.shard.rank]

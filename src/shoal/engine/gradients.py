@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from shoal.comm.meter import Meter
 from shoal.comm.pool import Pool
 from shoal.engine.away import AwayGrad
 from shoal.engine.cells import local_gradient
+from shoal.engine.exchange import agree, swap
 from shoal.engine.fast import Axes, Fast
 from shoal.engine.leaf import Leaf
 from shoal.engine.scale import LossScale, Overflow
-from shoal.engine.sums import Flow, Mean, Sum, Sums, agree, between, drain, even_bounds, keep, new_tree, own, swap
+from shoal.engine.sums import Flow, Mean, Sum, Sums, between, drain, even_bounds, keep, new_tree, own
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.errors import OrderError
@@ -61,22 +63,29 @@ class Gradients:
         number: of the model in its job.
         scale: of losses, by which gradients are divided as they are taken.
         axes: who adds up, where numerics are fast; None: we do.
+        layerwise: is a unit updated as soon as its gradients are there? All ranks then hear with them what was touched,
+            and one unit's gradients at a time are under way.
     """
 
     def __init__(
         self, units: Sequence[Unit], mesh: Mesh, meeting: Meeting, rules: Rules, number: int,
-        scale: LossScale | None, axes: Axes | None = None,
+        scale: LossScale | None, axes: Axes | None = None, *, layerwise: bool = False,
     ) -> None:  # fmt: skip
+        self.layerwise = layerwise
+        self.touched, self.told = set[str](), set[str]()  # in this step: by this rank's leaves, by any as far as known
         self.number, self.scale = number, scale
         self.overflow: Overflow | None = None  # of this step, on this rank
         self.units = [u for u in units if u.trainable]
         self.mesh, self.meeting = mesh, meeting
         self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
         self.names = [n for u in self.units for n in u.params]
-        self.pool = Pool()
+        self.pool = Pool(kept=1) if layerwise else Pool()
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
-        self.guards = {n: AwayGrad(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
-        self.piece_guards = {u.index: [(p, AwayGrad(p, n)) for n, p in u.pieces.items()] for u in self.units}
+        largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
+        self.in_flight = largest if layerwise else IN_FLIGHT
+        guard = partial(AwayGrad, layerwise=layerwise)
+        self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
+        self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
         self.added: set[str] = set()  # those of them that autograd has added to, and nobody has seen yet
         self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
@@ -84,6 +93,7 @@ class Gradients:
         self.ordered = mesh.world.carrier.ordered
         self.gated = False  # do results stop on their way until those that are needed earlier have come as far?
         self.order: Sequence[int] = ()
+        self.arrived: Callable[[int], None] = lambda _unit: None
 
         self.results: dict[int, Mean] = {}
         self.commons: dict[int, Common | None] = {}
@@ -94,6 +104,7 @@ class Gradients:
     def begin(self, turns: Turns) -> None:
         """A step begins."""
         self.overflow = None
+        self.touched, self.told = set[str](), set[str]()
         self.turns = turns
         self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs) for u in self.units}
         self.sums: dict[int, Sums] = {u: new_tree(turns.twigs) for u in self.mine}
@@ -173,6 +184,7 @@ class Gradients:
             if grad is not None:
                 grads[name] = local_gradient(grad, param)
         if leaf.number is not None:
+            self.touched |= leaf.touched & unit.params.keys() if leaf.weight else set()
             value = Sum(self._strips(unit, grads, leaf.number)) if leaf.weight else None
             self._put(unit, leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
         if self._last(leaf):
@@ -237,12 +249,14 @@ class Gradients:
         self.wait_for(unit)  # those of the turn before
         if Op.AGREE in ops and self.fast is None and unit.index not in self.commons:  # all start in one order
             numel = unit.mine.stop - unit.mine.start
-            self.commons[unit.index] = self.mesh.copies.common(numel, unit.dtypes.reduce, unit.device)
+            common = None if self.layerwise else self.mesh.copies.common(numel, unit.dtypes.reduce, unit.device)
+            self.commons[unit.index] = common  # it would stay: a unit's gradients are to be gone before the next one's
         flow = self._journey(unit, ops, leaf)
+        flow = self._telling(unit, flow, leaf) if self.layerwise and last else flow
         first = next(flow, None)
         if first is not None:
             self.flows[unit.index] = Journey(flow, first, unit.numel * unit.dtypes.reduce.itemsize)
-        while sum(j.nbytes for j in self.flows.values()) > IN_FLIGHT and self._moving() not in (None, unit.index):
+        while sum(j.nbytes for j in self.flows.values()) > self.in_flight and self._moving() not in (None, unit.index):
             self._continue(self._moving())
 
     def _moving(self) -> int | None:
@@ -297,6 +311,7 @@ class Gradients:
         following = next(journey.flow, None)
         if following is None:
             del self.flows[index]
+            self.arrived(index)
         else:
             journey.pending = following
 
@@ -320,6 +335,18 @@ class Gradients:
         if came is not None:
             own(tree)
             came.release()
+
+    def _telling(self, unit: Unit, flow: Flow, leaf: Leaf) -> Flow:
+        """With a unit's last gradients, all ranks hear which of its parameters some leaf of the step has touched."""
+        names, world = list(unit.params), self.mesh.world
+        told = torch.zeros(world.size, len(names), dtype=torch.uint8)
+        told[world.rank] = torch.tensor([n in self.touched for n in names], dtype=torch.uint8)
+        boxes = [[[row]] for row in told]
+        pending = world.swap("touched", [[[told[world.rank]]]] * world.size, boxes, f"unit {unit.index} {leaf.serial}")
+        yield from flow
+        yield pending
+        pending.wait()
+        self.told |= {n for n, column in zip(names, told.unbind(1), strict=True) if bool(column.any())}
 
     def _learn_weights(self, leaf: Leaf) -> None:
         """Once a turn: everybody hears the weights of everybody's leaves so far."""
@@ -346,7 +373,8 @@ class Gradients:
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
         like = torch.empty(0, dtype=unit.dtypes.reduce, device=unit.device)
-        return (yield from swap(shard, "reduce", unit.layout.bounds, unit.runs, mine, theirs, tree, like, key))
+        bounds = unit.layout.bounds
+        return (yield from swap(shard, "reduce", bounds, unit.runs, mine, theirs, tree, like, key, unit.index))
 
     def _agree(self, unit: Unit, tree: Sums, turns: Turns, key: str, *, borrowed: bool) -> Flow:
         """`borrowed`: the sums lie in memory that others lend us."""
@@ -356,14 +384,14 @@ class Gradients:
         runs = between(unit.runs, start, stop)
         if copies.size == 1 and borrowed:
             flat = self.pool.take(stop - start, like.dtype, like.device)
-            self.results[unit.index] = keep(tree.take(), turns.total, runs, start, flat, self.pool)
+            self.results[unit.index] = keep(tree.take(), turns.divisor, runs, start, flat, self.pool)
             return
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
         bounds = even_bounds(start, stop, copies.size)
         gate = Gate() if self.gated else None
         self.results[unit.index] = yield from agree(
-            copies, bounds, runs, drain(tree), theirs, turns.total, turns.twigs, self.pool, like,
-            self.commons.get(unit.index), key, gate,
+            copies, bounds, runs, drain(tree), theirs, turns.divisor, turns.twigs, self.pool, like,
+            self.commons.get(unit.index), key, gate, unit.index,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- at the end of a step
@@ -391,8 +419,8 @@ class Gradients:
                 grad = grad.view(piece.shape) if grad.dim() != piece.dim() else grad
                 piece.grad = grad.clone() if copies else grad if grad.dtype is piece.dtype else grad.to(piece.dtype)
 
-    def multiply(self, factor: float) -> None:
-        """All gradients that were handed out. Collective."""
+    def change(self, change: Callable[[Tensor], object]) -> None:
+        """All gradients that were handed out, in place and element by element. Collective."""
         together = [m for m in self.results.values() if m.common is not None and self.in_common]
         parts = [t for mean in together for t in mean.own]  # every rank its own, when nobody reads them
         for unit in self.units:
@@ -401,7 +429,7 @@ class Gradients:
         _meet_in(together)
         with torch.no_grad():
             for part in parts:
-                part.mul_(factor)
+                change(part)
         _meet_in(together)
 
     def forget(self, unit: Unit) -> None:

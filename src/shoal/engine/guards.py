@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import cast
 
 from torch import nn
@@ -105,7 +106,7 @@ class Uncopied:
             if away and next(module.parameters(), None) is not None:
                 raise AwayError(
                     f"a copy of this {type(module).__name__} would hold placeholders: its parameters live in shards",
-                    remedy="with job.whole(model): twin = copy.deepcopy(model)",
+                    remedy="with job.whole(model): twin = copy.deepcopy(model); for an average: job.ema(model, decay)",
                 )
             twin = type(module).__new__(type(module))
             memo[id(module)] = twin
@@ -113,7 +114,7 @@ class Uncopied:
                 if name.endswith(("_hooks", "_with_kwargs", "_always_called")) and isinstance(value, dict):
                     hooks = cast(dict[object, object], value)
                     value = type(hooks)({k: v for k, v in hooks.items() if k not in self.hooks})
-                if name != "__deepcopy__":
+                if name != "__deepcopy__" and value is not module and value is not nullcontext:  # see `Names`
                     twin.__dict__[name] = copy.deepcopy(value, memo)
             return twin
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shoal.comm.group import Group
-from shoal.comm.pool import KEPT
 from shoal.engine.binding import Binding
-from shoal.engine.gradients import IN_FLIGHT, Gradients
+from shoal.engine.gradients import Gradients
 from shoal.engine.ledger import (
+    LENT,
     UNCOUNTED,
     Entry,
     Memory,
@@ -26,6 +26,7 @@ from shoal.engine.ledger import (
     state_entries,
     states_of,
 )
+from shoal.engine.residence import AHEAD
 from shoal.engine.unit import Unit
 from shoal.engine.units import around
 from shoal.leaves import Assignment, pending
@@ -77,7 +78,10 @@ def _entries(binding: Binding) -> Iterator[Entry]:
     engine = binding.engine
     units, buffers = engine.units, engine.buffers
     plan = plan_of(binding)
-    now = _units_now(units) | _gradients_now(engine.gradients)
+    now = _units_now(units, engine.presence.idle() if engine.budgeted else ()) | _gradients_now(engine.gradients)
+    now["first"] = 0
+    if engine.gradients.layerwise and not engine.steps:
+        now |= {"first": now["leaf"] + now["sums"], "leaf": 0, "sums": 0}
     now["optimizer"] = sum(_bytes(_state_of(optimizer)) for optimizer in binding.optimizers)
     yield from state_entries(plan, now, sum(_states_predicted(o, binding) for o in binding.optimizers))
     yield from gradient_entries(plan, now)
@@ -87,22 +91,36 @@ def _entries(binding: Binding) -> Iterator[Entry]:
     yield other("averages of weights", _bytes(averages), lifetime="always", setting="job.ema")
     lent = [u.lent for u in units if u.lent is not u.whole]
     most = sum(u.numel * u.dtypes.compute.itemsize for u in units if not u.resident)
-    yield other("parameters in job.whole", _bytes(lent), lifetime="lent", setting="job.whole", most=most)
+    yield other(LENT, _bytes(lent), lifetime="lent", setting="job.whole", most=most)
 
 
 def plan_of(binding: Binding) -> Plan:
     """What the ledger predicts from."""
     engine, mesh = binding.engine, binding.engine.mesh
-    above = around(engine.units)
-    sizes = {u.index: 0 if u.resident or u.common else u.numel * u.dtypes.compute.itemsize for u in engine.units}
     twigs = -(-engine.leaves // engine.twig)
     waiting = pending(twigs, _twigs(engine.assignment, engine.twig), mesh.shard.size, every_leaf=engine.every_leaf)
+    units, residence = bill_of(binding), engine.plan
+    whole = sum(u.gathered for u in units)
+    largest = max((u.gathered for u in units), default=0)
     return Plan(
         shard=binding.strategy.shard,
-        units=[_bill(u, engine.gradients, sum(sizes[i] for i in above[u.index])) for u in engine.units],
+        units=units,
         pending=waiting + (engine.twig > 1),  # a twig under way is a sum of its own
-        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=KEPT, in_flight=IN_FLIGHT, ranks=mesh.data.size,
+        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=engine.gradients.pool.kept, ranks=mesh.data.size,
+        in_flight=engine.gradients.in_flight,
+        ahead=residence.ahead if residence else largest if engine.budgeted else max(AHEAD, 2 * largest),
+        in_use=residence.in_use if residence and engine.budgeted else None,
+        kept=(residence.most if residence else whole) if engine.budgeted else 0,
+        layerwise=engine.begun_most if engine.gradients.layerwise else None,
+        received=max(group.hosts.received(group.rank) for group in (mesh.shard, mesh.copies)),
     )  # fmt: skip
+
+
+def bill_of(binding: Binding) -> list[UnitBill]:
+    """A model's units as the ledger sees them."""
+    engine = binding.engine
+    above, sizes = around(engine.units), engine.sizes
+    return [_bill(u, engine.gradients, sum(sizes[i] for i in above[u.index])) for u in engine.units]
 
 
 def _staged(bindings: Sequence[Binding]) -> Plan:
@@ -112,6 +130,7 @@ def _staged(bindings: Sequence[Binding]) -> Plan:
     return Plan(
         shard=first.shard, units=[u for p in plans for u in p.units], pending=first.pending, turns=first.turns,
         every_leaf=first.every_leaf, pool=first.pool, in_flight=first.in_flight, ranks=first.ranks,
+        received=first.received,
     )  # fmt: skip
 
 
@@ -131,14 +150,15 @@ def _bill(unit: Unit, gradients: Gradients, above: int) -> UnitBill:
     )  # fmt: skip
 
 
-def _units_now(units: Sequence[Unit]) -> dict[str, int]:
-    now: dict[str, int] = {"parameters": 0, "gathered": 0, "masters": 0, "wide": 0}
+def _units_now(units: Sequence[Unit], idle: Sequence[Unit]) -> dict[str, int]:
+    now: dict[str, int] = {"parameters": 0, "gathered": 0, "kept": 0, "masters": 0, "wide": 0}
     for unit in units:
         same = unit.dtypes.compute == unit.dtypes.master
         if unit.common is not None:  # what all see is counted by who fills it
             now["parameters"] += 0 if same else unit.whole[unit.mine].nbytes
         else:
-            now["parameters" if unit.resident else "gathered"] += unit.whole.untyped_storage().nbytes()
+            name = "parameters" if unit.resident else "kept" if unit in idle else "gathered"
+            now[name] += unit.whole.untyped_storage().nbytes()
         now["masters"] += 0 if same and unit.resident else unit.master.nbytes
         now["wide"] += 0 if unit.wide is None else unit.wide.nbytes
     return now

@@ -10,11 +10,15 @@ from shoal.engine.schedule import Cursor, Record
 
 
 class LeafInfo(NamedTuple):
-    """What a loader says of the batch that it hands out. `leaf` None: nobody needs its gradient."""
+    """What a loader says of the batch that it hands out. `leaf` None: nobody needs its gradient.
+
+    `summed`: the step's gradient is the sum over its leaves, not their mean.
+    """
 
     leaf: int | None
     weight: float
     present: int
+    summed: bool = False
 
 
 @dataclass(slots=True)
@@ -34,10 +38,12 @@ class Leaf:
     turn: int
     serial: int
     cursor: Cursor | None
+    stay: frozenset[int] = frozenset()  # units that are kept for the next leaf
     record: Record = field(default_factory=Record)
     entered: list[int] = field(default_factory=list[int])  # units in the order of the forward, in a leaf without a plan
     fresh: set[int] = field(default_factory=set[int])  # ends that got gradients since they were last complete
     complete: Counter[int] = field(default_factory=Counter[int])  # per unit, ends that have been so as often as planned
+    begun: set[int] = field(default_factory=set[int])  # units that got gradients, where somebody counts them
     done: set[int] = field(default_factory=set[int])  # units whose gradients are taken
     touched: set[str] = field(default_factory=set[str])
     keep: set[int] = field(default_factory=set[int])  # units that must stay until the leaf ends

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from shoal.comm.group import Kept
@@ -11,6 +11,10 @@ from shoal.strategy import Shard
 
 KINDS = ("parameters", "masters", "gradients", "optimizer", "staging", "other")
 MIB = 2**20
+GATHERED, KEPT_UNITS, LENT, FIRST_STEP = (
+    "gathered units", "units kept", "parameters in job.whole", "gradients, first step",
+)  # fmt: skip
+"""Entries that others ask for by name."""
 
 STATES = {
     "SGD": 0, "Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adadelta": 2, "RMSprop": 1, "Adagrad": 1,
@@ -40,7 +44,8 @@ class Entry:
         now: bytes in use; those that several ranks share are divided by their number.
         rest, peak: bytes between two steps and at most, as predicted.
         lifetime: "always", "gathered" (a unit's forward or backward), "leaf", "step" (to the update), "in flight" (and
-            its memory is kept), "between steps" (to be used again), "lent" (inside `job.whole`).
+            its memory is kept), "between steps" (to be used again), "between uses" (of one step), "first step" (of
+            the job), "lent" (inside `job.whole`).
         setting: what makes it larger or smaller.
         shared: it is shared with other ranks of the host.
     """
@@ -115,6 +120,12 @@ class Plan:
         pool: buffers of one size that wait to be used again.
         in_flight: bytes of gradients under way at most, besides the last unit.
         ranks: among which gradients are sent.
+        ahead: bytes that are gathered ahead of their use at most.
+        in_use: bytes of units that are used or gathered ahead, once the order of leaves is known; None: it is not.
+        kept: bytes of units that stay whole while nobody uses them.
+        layerwise: bytes of gradients of units whose backward is under way, where others are updated and gone; None:
+            all wait for the step.
+        received: whole gradients that come to this rank at most where one partial sum of each rank travels.
     """
 
     shard: Shard
@@ -125,12 +136,17 @@ class Plan:
     pool: int
     in_flight: int
     ranks: int
+    received: float = 1.0
+    ahead: int = 0
+    in_use: int | None = None
+    kept: int = 0
+    layerwise: int | None = None
 
 
-def gathered_at_most(units: Sequence[UnitBill]) -> int:
-    """Bytes of units that are whole at the same time: one, the next that is on its way, and those around them."""
+def gathered_at_most(units: Sequence[UnitBill], ahead: int = 0) -> int:
+    """Bytes of units that are whole at the same time: one, one that is used again soon, those around, those ahead."""
     own = sorted((u.gathered for u in units), reverse=True)
-    return min(sum(own), max((u.around for u in units), default=0) + sum(own[:2]))
+    return min(sum(own), max((u.around for u in units), default=0) + sum(own[:2]) + ahead)
 
 
 def gradients_kept(p: Plan) -> int:
@@ -150,7 +166,12 @@ def gradients_at_most(p: Plan) -> tuple[int, int, int]:
     whole = sum(u.numel * u.reduce for u in trained)
     cut = sum(u.mine * u.reduce for u in trained)
     waiting = whole + p.pending * cut if p.every_leaf else p.pending * whole
-    mean = sum(u.mine * u.reduce for u in trained if u.agreed and u.common_gradient == 1)
+    means = [u.mine * u.reduce for u in trained if u.agreed and u.common_gradient == 1]
+    mean = sum(means)
+    if p.layerwise is not None:
+        two = sum(sorted(u.numel * u.reduce for u in trained)[-2:])  # one is taken, one is under way
+        earlier = (p.pending * cut if p.every_leaf else p.pending * whole) if p.turns > 1 else 0
+        return p.layerwise, two + earlier, sum(sorted(means)[-2:])
     return leaf, waiting - (leaf if p.turns == 1 else 0), mean
 
 
@@ -160,7 +181,7 @@ def staging_at_most(p: Plan) -> int:
         return 0
     sums = 1 if p.every_leaf else p.pending
     sizes = [u.numel * u.reduce * sums for u in p.units if u.trainable]
-    return min(sum(sizes), p.in_flight * sums + max(sizes, default=0))
+    return round(max(1.0, p.received) * min(sum(sizes), p.in_flight * sums + max(sizes, default=0)))
 
 
 def state_entries(p: Plan, now: Mapping[str, int], optimizer: int) -> Iterator[Entry]:
@@ -177,10 +198,14 @@ def state_entries(p: Plan, now: Mapping[str, int], optimizer: int) -> Iterator[E
         name="parameters", kind="parameters", now=now["parameters"], rest=whole, peak=whole, lifetime="always",
         setting="strategy, precision", shared=shared,
     )  # fmt: skip
-    most = gathered_at_most(p.units)
+    most = gathered_at_most(p.units, p.ahead) if p.in_use is None else p.in_use
     yield Entry(
-        name="gathered units", kind="parameters", now=now["gathered"], rest=0, peak=most, lifetime="gathered",
+        name=GATHERED, kind="parameters", now=now["gathered"], rest=0, peak=most, lifetime="gathered",
         setting="units",
+    )  # fmt: skip
+    yield Entry(
+        name=KEPT_UNITS, kind="parameters", now=now["kept"], rest=0, peak=p.kept, lifetime="between uses",
+        setting="memory",
     )  # fmt: skip
     yield Entry(
         name="masters", kind="masters", now=now["masters"], rest=masters, peak=masters, lifetime="always",
@@ -202,13 +227,18 @@ def gradient_entries(p: Plan, now: Mapping[str, int]) -> Iterator[Entry]:
     trained = [u for u in p.units if u.trainable]
     leaf, waiting, mean = gradients_at_most(p)
     kept = gradients_kept(p)
+    first = 0 if p.layerwise is None else sum(gradients_at_most(replace(p, layerwise=None)))
     yield Entry(
         name="gradients of a leaf", kind="gradients", now=now["leaf"], rest=0, peak=leaf, lifetime="leaf",
         setting="units",
     )  # fmt: skip
     yield Entry(
-        name="sums over leaves", kind="gradients", now=now["sums"], rest=0, peak=waiting + mean - kept,
+        name="sums over leaves", kind="gradients", now=now["sums"], rest=0, peak=max(0, waiting + mean - kept),
         lifetime="step", setting="strategy, leaves, twig",
+    )  # fmt: skip
+    yield Entry(
+        name=FIRST_STEP, kind="gradients", now=now["first"], rest=0, peak=first, lifetime="first step",
+        setting="layerwise",
     )  # fmt: skip
     yield Entry(
         name="gradient buffers kept", kind="gradients", now=now["pool"], rest=kept, peak=kept,

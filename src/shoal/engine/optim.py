@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from shoal.engine.cells import spread
 from shoal.engine.unit import Unit
-from shoal.errors import OptimizerError
+from shoal.errors import OptimizerError, SettingError
 from shoal.layout import ALIGN, Interval
 from shoal.optim import NeedsNorms
 
@@ -49,6 +49,30 @@ def by_units(optimizer: Optimizer) -> bool:
     hooks = (getattr(optimizer, f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
     torch_own = f"{type(optimizer).__module__}.".startswith("torch.optim.")
     return torch_own and type(optimizer).__name__ in _ELEMENTWISE and not any(hooks)
+
+
+def check_layerwise(optimizers: Sequence[Optimizer], precision: str) -> None:
+    """Raises where units cannot be updated one by one while others' gradients are not there yet."""
+    if precision == "float16":
+        raise SettingError(
+            'layerwise=True with precision="float16"',
+            cause="whether a step overflowed is known when all its gradients are there",
+            remedy='precision="bfloat16", or layerwise=False',
+        )
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    cause = "a unit is updated while gradients of other units are not there yet"
+    if len(optimizers) > 1:
+        raise OptimizerError(
+            f"layerwise=True with {len(names)} optimizers over one model: {', '.join(names)}",
+            cause=cause, remedy="one optimizer with groups, or layerwise=False",
+        )  # fmt: skip
+    if not by_units(optimizers[0]):
+        raise OptimizerError(
+            f"layerwise=True with {names[0]}, whose step may need all gradients at once",
+            cause=cause,
+            remedy="an element-wise optimizer of torch's, such as torch.optim.AdamW, without step hooks, or "
+            "layerwise=False",
+        )
 
 
 def granule(optimizer: Optimizer, elementwise: bool | None) -> int:

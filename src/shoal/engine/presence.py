@@ -10,6 +10,7 @@ from shoal.comm.meet import Meeting, Want
 from shoal.engine.away import AwayGrad
 from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf
+from shoal.engine.residence import Course, Residence
 from shoal.engine.schedule import Act
 from shoal.engine.unit import Unit
 from shoal.engine.updates import Updates
@@ -35,6 +36,9 @@ class Presence:
         self.meeting, self.number, self.gradients = meeting, number, gradients
         self.leaf: Leaf | None = None
         self.leased = False  # the user has all of them for a while
+        self.residence: Residence | None = None  # once there is a plan
+        self.ahead: list[Unit] = []  # gathered, and not used yet, in the order of the plan
+        self.carried: frozenset[int] = frozenset()  # units that are kept between two leaves
         self._wanted: int | None = None
         meeting.granters.append(self.grant)
 
@@ -42,10 +46,24 @@ class Presence:
         if self.leaf is not None:
             self.leaf.keep.add(unit.index)
 
-    def free_all(self) -> None:
+    def free_all(self, stay: frozenset[int] = frozenset()) -> None:
+        """A leaf is over; `stay`: units that are kept for the next."""
+        self.ahead.clear()
+        self.carried = stay
         for unit in self.units:
-            if not unit.resident and (unit.here or unit.coming):
+            if unit.index not in stay and not unit.resident and (unit.here or unit.coming):
                 unit.free()
+
+    def begin(self, leaf: Leaf, course: Course) -> None:
+        """A leaf begins, for which some units are here."""
+        leaf.again.update(course.here)
+        leaf.resting.update(course.here)
+        leaf.stay = course.stay
+
+    def idle(self) -> list[Unit]:
+        """Units that are kept while nobody uses them."""
+        kept = self.leaf.resting if self.leaf is not None else self.carried
+        return [self.by_index[i] for i in sorted(kept)]
 
     def owner(self, tensor: Tensor) -> Unit | None:
         """The unit whose parameters this tensor is a view of, if they are freed now and then."""
@@ -67,7 +85,11 @@ class Presence:
         """Return when the unit's parameters are whole here."""
         if self.leaf is not None:
             self.leaf.resting.discard(unit.index)
-        if self.leased or (unit.here and unit.coming is None):
+        if self.leased:
+            return
+        if unit.here and unit.coming is None:
+            self._arrives(unit)
+            self._start()
             return
         cursor = self.leaf.cursor if self.leaf is not None else None
         if unit.coming is None and cursor is not None:
@@ -78,11 +100,9 @@ class Presence:
                     remedy="name a larger block with units=, or shoal.init(..., overlap=False)",
                 )
             while unit.coming is None and not unit.here:
-                passed = [u for u in self.units if u.coming]
                 self.advance()
-                for other in passed:  # this leaf does not use them here
-                    other.wait()
-                    self.free(other)
+                self._pass_over(len(self.ahead) - 1)
+        self._arrives(unit)
         while unit.coming is None and not unit.here:
             self._wanted = unit.index
             self.meeting.meet(Want.GATHER, unit.index, model=self.number)
@@ -90,7 +110,20 @@ class Presence:
         unit.wait()
         if self.leaf is not None:
             self.leaf.record.add(Act.GATHER, unit.index)
-        self._prefetch()
+        self._start()
+
+    def _arrives(self, unit: Unit) -> None:
+        """A unit that was gathered ahead is used."""
+        if unit in self.ahead:
+            self._pass_over(self.ahead.index(unit))
+            del self.ahead[0]
+
+    def _pass_over(self, count: int) -> None:
+        """Let go of the first units that were gathered ahead: this leaf does not use them here."""
+        for _ in range(count):
+            unit = self.ahead.pop(0)
+            unit.wait()
+            self.free(unit)
 
     def grant(self, index: int) -> None:
         """Take part in gathering a unit that some rank needs, if it is one of this model."""
@@ -109,7 +142,8 @@ class Presence:
         if self.leased or not unit.here or unit.coming is not None:  # what is coming is for a later use
             return
         if leaf is None:
-            unit.free()
+            if unit.index not in self.carried:
+                unit.free()
         elif unit.index in leaf.keep or unit.index in leaf.resting:
             return
         elif leaf.again[unit.index]:
@@ -135,28 +169,49 @@ class Presence:
             leaf.again[entry.unit] = entry.keep
             self.updates.bring(unit)
             unit.gather()
+            self.ahead.append(unit)
         else:
             self.gradients.take(unit, leaf)
             self.gradients.start(unit, leaf)
+            self.updates.follow(unit)
         return True
 
+    def drain(self, leaf: Leaf) -> None:
+        """Take part in all that the plan still has: others need it."""
+        more = True
+        while more:
+            more = self.advance()
+            while len(self.ahead) > more:
+                unit = self.ahead.pop(0)
+                unit.wait()
+                if unit.index not in leaf.stay:
+                    unit.free()
+
     def pump(self) -> None:
-        """Start all that needs no waiting: reductions of units whose gradients are complete, then one gather ahead."""
+        """Start all that needs no waiting."""
+        if self.leaf is not None and self.leaf.cursor is not None:
+            self._start()
+            self.gradients.progress()
+            self.updates.catch_up()
+
+    def _start(self) -> None:
+        """Follow the plan up to what must wait: a reduction for its gradients, a gather for memory."""
         leaf = self.leaf
         if leaf is None or leaf.cursor is None:
             return
-        while (entry := leaf.cursor.next) and entry.act is Act.REDUCE and entry.unit in leaf.done:
+        while entry := leaf.cursor.next:
+            unit = self.by_index[entry.unit]
+            if not (self._may_gather(unit) if entry.act is Act.GATHER else entry.unit in leaf.done):
+                return
             self.advance()
-        self.gradients.progress()
-        self._prefetch()
 
-    def _prefetch(self) -> None:
-        leaf = self.leaf
-        if leaf is None or leaf.cursor is None or any(u.coming for u in self.units):
-            return
-        entry = leaf.cursor.next
-        if entry and entry.act is Act.GATHER and self.updates.ready(self.by_index[entry.unit]):
-            self.advance()
+    def _may_gather(self, unit: Unit) -> bool:
+        """Is there room for it beside what is gathered ahead, and would it not wait?"""
+        assert self.residence is not None
+        sizes = self.residence.sizes
+        ahead = sum(sizes[u.index] for u in self.ahead) + sizes[unit.index]
+        gone = not unit.here and unit.coming is None
+        return gone and ahead <= self.residence.ahead and self.updates.ready(unit)
 
 
 def shares(tensor: Tensor, whole: Tensor) -> bool:

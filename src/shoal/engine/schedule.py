@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, cast
@@ -21,11 +21,16 @@ class Act(Enum):
 
 
 class Entry(NamedTuple):
-    """One collective of a leaf. `keep`: so many times it is used again too soon for freeing it in between to pay."""
+    """One collective of a leaf.
+
+    `keep`: so many times what was gathered is used again without being freed in between. `at`: its place among the
+    events that the plan was made of.
+    """
 
     act: Act
     unit: int
     keep: int = 0
+    at: int = 0
 
 
 Plan = tuple[Entry, ...]
@@ -68,10 +73,19 @@ def make_plan(
     record: Record, around: Mapping[int, Collection[int]], reduced: Collection[int],
     blocks: Collection[Collection[int]] = (),
 ) -> Plan:  # fmt: skip
-    """The order of collectives for all later leaves.
+    """The order of collectives for all later leaves, where units are freed after use. Arguments: see `in_order`."""
+    events = in_order(record, around, reduced, blocks)
+    return fold(events, near(events), {})
+
+
+def in_order(
+    record: Record, around: Mapping[int, Collection[int]], reduced: Collection[int],
+    blocks: Collection[Collection[int]] = (),
+) -> list[Event]:  # fmt: skip
+    """What every leaf does from now on, all units in it.
 
     Args:
-        record: what the plan repeats.
+        record: what is repeated.
         around: every unit in definition order, and the units of the blocks that it lies in.
         reduced: units that have gradients.
         blocks: units that belong to one block, and are therefore always entered together.
@@ -80,7 +94,7 @@ def make_plan(
     events = [e for i, e in enumerate(record.events) if e[0] is not Act.REDUCE or last[e[1]] == i]
     _add_missing(events, around, {unit: block for block in blocks for unit in block})
     events += [(Act.REDUCE, unit) for unit in reversed(list(around)) if unit in reduced and unit not in last]
-    return tuple(_fold(events))
+    return events
 
 
 def _add_missing(
@@ -139,25 +153,55 @@ def _used(events: Sequence[Event], at: int, block: Collection[int]) -> int:
     return end
 
 
-def _fold(events: Sequence[Event]) -> Iterator[Entry]:
-    """Leave out gathers with at most one other between them and the unit's latest use."""
-    entries: list[Entry] = []
+def near(events: Sequence[Event]) -> set[int]:
+    """Uses of units that come so soon after the use before that freeing them in between does not pay.
+
+    Returns:
+        Places of gathers with at most one other between them and the unit's latest use.
+    """
+    found: set[int] = set()
     gathers = 0
     freed: dict[int, int] = {}  # unit -> how many gathers came before it was freed
-    latest: dict[int, int] = {}  # unit -> where its latest gather stands
-    for act, unit in events:
-        if act is Act.REDUCE:
-            entries.append(Entry(act, unit))
-        elif act is Act.FREE:
+    seen: set[int] = set()
+    for at, (act, unit) in enumerate(events):
+        if act is Act.FREE:
             freed[unit] = gathers
-        elif unit in latest and gathers - freed.get(unit, gathers) <= 1:
-            at = latest[unit]
-            entries[at] = entries[at]._replace(keep=entries[at].keep + 1)
-        else:
-            latest[unit] = len(entries)
-            entries.append(Entry(act, unit))
+        elif act is Act.GATHER and unit in seen and gathers - freed.get(unit, gathers) <= 1:
+            found.add(at)
+        elif act is Act.GATHER:
+            seen.add(unit)
             gathers += 1
-    yield from entries
+    return found
+
+
+def fold(events: Sequence[Event], stays: Collection[int], here: dict[int, int], later: Collection[int] = ()) -> Plan:
+    """Leave out the gathers at `stays`: who gathered the unit before keeps it.
+
+    Args:
+        here: units that are whole when the leaf begins; filled in: how often they are used again after their first use.
+        later: units that are kept when the leaf ends.
+    """
+    entries: list[Entry] = []
+    latest = dict.fromkeys(here, -1)  # unit -> where its latest gather stands; -1: before the leaf
+
+    def kept(unit: int) -> None:
+        at = latest[unit]
+        if at < 0:
+            here[unit] += 1
+        else:
+            entries[at] = entries[at]._replace(keep=entries[at].keep + 1)
+
+    for unit in here:
+        here[unit] = -1  # the first use is none of them
+    for at, (act, unit) in enumerate(events):
+        if act is Act.GATHER and at in stays:
+            kept(unit)
+        elif act is not Act.FREE:
+            latest |= {unit: len(entries)} if act is Act.GATHER else {}
+            entries.append(Entry(act, unit, at=at))
+    for unit in later:
+        kept(unit)
+    return tuple(entries)
 
 
 class Cursor:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import cast
 
@@ -19,12 +20,14 @@ from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.engine import optim
 from shoal.engine.binding import Binding
+from shoal.engine.budget import Budget
 from shoal.engine.cells import local
 from shoal.engine.compiling import check_uncompiled, compile_blocks
 from shoal.engine.engine import Engine
 from shoal.engine.fast import axes_of
 from shoal.engine.fill import Fill, Filler
 from shoal.engine.guards import Uncopied, bring_up_to_date, guard_model, guard_optimizer
+from shoal.engine.habits import Names
 from shoal.engine.hooks import install
 from shoal.engine.precision import compute_dtype, keepers, kept
 from shoal.engine.scale import LossScale
@@ -58,9 +61,11 @@ class Wanted:
     facts: Mapping[str, object]
     say: Callable[[str], None]
     ended: Callable[[Engine, bool], None]
+    budget: Budget
     number: int = 0
     first: int = 0
     prefix: str = ""
+    layerwise: bool = False
 
 
 def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Binding:
@@ -73,6 +78,8 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     if not isinstance(w.mesh.world.carrier, Meter):
         check_model(model, w.mesh.world.size, w.device)
     optim.check(optimizers, model)
+    if w.layerwise:
+        optim.check_layerwise(optimizers, w.strategy.precision)
     granules = optim.granules(optimizers, model, w.elementwise)
     named, size = wish(w.units)
     blocks = choose(model, named)
@@ -83,6 +90,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     group_names = [optim.group_names(optimizer, model) for optimizer in optimizers]
     resident = w.strategy.shard < Shard.PARAMETERS
     alone = w.mesh.data.size == 1
+    idle = alone and not w.layerwise and w.budget.limit is None  # without a plan: nobody waits, nothing is kept
     units = [
         Unit(w.first + i, part, w.mesh.shard, resident=resident, alone=alone)
         for i, part in _filled(model, optimizers, cut, w)
@@ -95,15 +103,18 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     axes = axes_of(w.mesh, w.device) if s.numerics == "fast" else None
     engine = Engine(
         model, units, w.mesh, w.meeting, w.rules, leaves_of(s, w.mesh, w.rules), s.leaves, twig=s.twig,
-        overlap=w.overlap and not alone, number=w.number, axes=axes,
+        overlap=w.overlap and not idle, number=w.number, axes=axes, layerwise=w.layerwise,
         scale=LossScale() if s.precision == "float16" else None,
     )  # fmt: skip
     engine.say = w.say
     engine.gradients.gated = w.pending and not alone
+    engine.budgeted, engine.room = w.budget.limit is not None, partial(w.budget.room, w.number)
     handles = install(engine, compute_dtype(s), kept(model, w.float32))
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
     binding.later = w.pending and not alone
+    if w.layerwise:
+        engine.updater = binding.updater
     if w.mesh.shard.size > 1:
         handles += [handle for optimizer in optimizers for handle in guard_optimizer(optimizer)]
     handles += guard_model(engine)
@@ -112,7 +123,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     if w.compile is not False:
         options = dict[str, object]() if w.compile is True else w.compile
         handles += compile_blocks(units, options, w.mesh.world.carrier)
-    binding.handles += [*handles, Uncopied(engine, handles)]
+    binding.handles += [*handles, Uncopied(engine, handles), Names(model)]
     return binding
 
 
@@ -266,8 +277,15 @@ def plan_line(binding: Binding, world: int) -> str:
         f"{len(units)} units, {total:,} parameters ({trained:,} trained); "
         f"parameters {kinds(lambda u: u.dtypes.compute)}, "
         f"masters and optimizer state {kinds(lambda u: u.dtypes.master)}, "
-        f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}, numerics {_numerics(binding)}"
+        f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}, "
+        f"numerics {_numerics(binding)}{_levels(binding)}"
     )
+
+
+def _levels(binding: Binding) -> str:
+    mesh = binding.engine.mesh
+    two = mesh.shard.hosts.two_levels or mesh.copies.hosts.two_levels
+    return f"; exchange in two levels, {mesh.world.hosts}" if two else ""
 
 
 def _numerics(binding: Binding) -> str:

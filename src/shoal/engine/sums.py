@@ -1,17 +1,16 @@
-"""Partial sums of gradients in memory, and their two journeys: to a shard's owner, and across copies."""
+"""Partial sums of gradients in memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Common, Group, Like, Pending, Strips
+from shoal.comm.group import Common, Pending, Strips
 from shoal.comm.pool import Pool
 from shoal.layout import ALIGN
 from shoal.leaves import Node, Tree, Weighed, weigh
@@ -91,41 +90,6 @@ def drain(tree: Sums) -> list[tuple[Node, Weighed[Sum]]]:
     return nodes
 
 
-def swap(
-    group: Group, verb: str, bounds: Sequence[int], runs: Runs, mine: list[tuple[Node, Weighed[Sum]]],
-    theirs: Sequence[Known], tree: Sums, like: Tensor, key: str = "",
-) -> Generator[Pending, None, Pending | None]:  # fmt: skip
-    """Put everybody's partial sums of this member's part (`bounds`) into `tree`.
-
-    Args:
-        runs: of all parts together.
-        mine: this member's, each over all runs.
-        theirs: what each member has.
-        like: dtype and device of what travels.
-        key: see `Group.swap`.
-
-    Returns:
-        The transfer, to be released when the tree has let go of what came with it (see `own`); None: nothing travelled.
-    """
-    me = group.rank
-    if group.size == 1:
-        for node, weighed in mine:
-            tree.put(node, weighed)
-        return None
-    parts = [[w.value.between(runs, a, b) for _, w in mine if w.value] for a, b in pairwise(bounds)]
-    own_runs = between(runs, bounds[me], bounds[me + 1])
-    box = Like(tuple(b - a for a, b in own_runs), like.dtype, like.device)
-    boxes = [[] if r == me else [box for _, w in has if w.value] for r, has in enumerate(theirs)]
-    pending = group.swap(verb, parts, boxes, key)
-    yield pending
-    came = iter(pending.wait())
-    for r, has in enumerate(theirs):
-        values = iter(parts[me]) if r == me else came
-        for node, weighed in has:
-            tree.put(node, Weighed(Sum(next(values)) if weighed.value else None, weighed.weight))
-    return pending
-
-
 def own(tree: Sums) -> None:
     """Copy all that waits in a tree, so that the memory it came in is free."""
     for node, weighed in tree.nodes.items():
@@ -202,50 +166,3 @@ def keep(total: Weighed[Sum], weights: float, runs: Runs, start: int, flat: Tens
         pool.give(flat)
         return Mean(runs, None)
     return Mean(runs, strips, flat)
-
-
-def agree(
-    group: Group, bounds: Sequence[int], runs: Runs, mine: list[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known],
-    weights: float, leaves: int, pool: Pool, like: Tensor, common: Common | None = None,
-    key: str = "", gate: Pending | None = None,
-) -> Generator[Pending, None, Mean]:  # fmt: skip
-    """The step's gradient on every member of `group`, from what each of them has summed up.
-
-    An all-reduce in a fixed order: everybody adds up one part (`bounds`) and hands it to all.
-
-    Args:
-        common: memory of the whole group for the result, if there is.
-        key: see `Group.swap`.
-        gate: is waited for before the result goes to all.
-    """
-    start, stop, me = bounds[0], bounds[-1], group.rank
-    tree = new_tree(leaves)
-    pending = yield from swap(group, "agree", bounds, runs, mine, theirs, tree, like, key)
-    if pending is None:
-        return Mean(runs, mean(tree.take(), weights))
-    own_runs = between(runs, bounds[me], bounds[me + 1])
-    if common is not None:
-        whole = common.data
-        done = mean(tree.take(), weights, lying_in(whole, own_runs, start))
-        pending.release()
-        common.publish()
-        yield common.current()
-        return Mean(runs, None if done is None else lying_in(whole, runs, start), common=common, own=done or ())
-    whole = pool.take(stop - start, like.dtype, like.device)
-    part = keep(tree.take(), weights, own_runs, start, whole, pool)
-    pending.release()
-    if part.strips is None:  # on all members
-        return Mean(runs, None)
-    if gate is not None:
-        yield gate
-    yield group.gather("agree", whole, [b - start for b in bounds], key and f"{key} whole")
-    return Mean(runs, lying_in(whole, runs, start), whole)
-
-
-def finished(flow: Generator[Pending, None, Mean]) -> Mean:
-    """Run it to its end."""
-    while True:
-        try:
-            next(flow).wait()
-        except StopIteration as done:
-            return done.value

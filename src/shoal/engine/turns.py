@@ -26,6 +26,7 @@ class Turns:
         all_turns: bool = False, twig: int = 1,
     ) -> None:  # fmt: skip
         self.all_turns, self.twig = all_turns, twig
+        self.summed = False  # do gradients of the leaves add up, as where a loop divides its losses itself?
         self.twigs = -(-leaves // twig)
         self.leaves, self.present, self.assignment = leaves, present, assignment
         self.ranks_per_copy, self.every_leaf = ranks_per_copy, every_leaf
@@ -66,6 +67,11 @@ class Turns:
     def total(self) -> float:
         """The sum of all weights, taken in the order of the leaves."""
         return math.fsum(self.weights.values())
+
+    @property
+    def divisor(self) -> float:
+        """What the sum of the leaves' gradients is divided by."""
+        return 1.0 if self.summed and self.total else self.total
 
     def _weighed(self, leaf: int) -> Weighed[bool]:
         weight = self.weights[leaf]

@@ -2,12 +2,13 @@
 
 Note: who may wait for what. Whether a step updates is decided by all ranks together before any of its updates runs, so
 none ever has to be taken back. What is decided may be done later, until somebody needs the unit: until then its
-parameters are placeholders. A unit is never behind by more than one step.
+parameters are placeholders. A unit is never behind by more than one step. Layerwise updates (`early`) run before that
+decision: they cannot be taken back, so whatever could decide against them is refused beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from shoal.engine.gradients import Gradients
@@ -20,13 +21,14 @@ class Decided:
 
     Args:
         step: its number.
-        touched: parameters that some leaf touched; none of them, if the step updates nothing.
+        touched: parameters that some leaf touched; none of them, if the step updates nothing. It may still grow by
+            those of units whose gradients are on their way.
         apart: see `Gradients.hand_out`.
         update: the user's optimizer on the pieces of some units; None: it does all at once itself.
     """
 
     step: int
-    touched: frozenset[str]
+    touched: Set[str]
     apart: bool
     update: Callable[[Sequence[Unit]], None] | None = None
 
@@ -41,16 +43,51 @@ class Updates:
 
     def __init__(self, gradients: Gradients, renew: Callable[[Unit, Decided], None]) -> None:
         self.gradients, self.renew = gradients, renew
+        gradients.arrived = self._arrived
         self.waiting: dict[int, Unit] = {}  # for their gradients
         self.updated: dict[int, Unit] = {}  # and not brought together again
         self.coming: dict[int, Unit] = {}
         self.order: Sequence[int] = ()
         self.decided: Decided | None = None
         self.later = False
+        self.early: Decided | None = None  # how units are updated while backward runs, in a leaf where they are
+        self.following: dict[int, Unit] = {}  # those whose last gradients are on their way there
+        self.done: set[int] = set()  # those that are updated
+
+    def begin(self) -> None:
+        """A step begins."""
+        assert not self.following
+        self.early = None
+        self.done.clear()
+
+    def follow(self, unit: Unit) -> None:
+        """A unit's last gradients are on their way: where units are updated early, it is as soon as they come."""
+        if self.early is not None:
+            self.following[unit.index] = unit
+            self.catch_up()
+
+    def catch_up(self, *, wait: bool = False) -> None:
+        """Update units whose gradients have come. `wait`: all that are followed."""
+        for unit in list(self.following.values()):
+            if wait:
+                self.gradients.wait_for(unit)
+            if not self.gradients.under_way(unit):
+                self._arrived(unit.index)
+
+    def _arrived(self, index: int) -> None:
+        """At once, before this rank waits for anything else: others may wait for what it has updated."""
+        unit = self.following.pop(index, None)
+        if unit is not None:
+            assert self.early is not None
+            self.done.add(index)
+            self._step([unit], self.early)
+            self._finish(unit, self.early)
 
     def decide(self, units: Sequence[Unit], decided: Decided, *, later: bool) -> None:
-        """All these units are behind now. `later`: they may stay so when the step returns."""
+        """All these units are behind now, but for those updated early. `later`: they may stay so at the step's end."""
+        self.catch_up(wait=True)
         self.flush()
+        units = [unit for unit in units if unit.index not in self.done]
         self.decided, self.later = decided, later
         places = {unit: at for at, unit in enumerate(self.order)}
         for unit in sorted(units, key=lambda u: places.get(u.index, len(places) + u.index)):
@@ -100,12 +137,9 @@ class Updates:
         """All whose gradients are there, at once: calls of an optimizer are not for nothing."""
         decided = self.decided
         assert decided is not None
-        assert decided.update is not None
         for unit in units:
             del self.waiting[unit.index]
-            self.gradients.hand_out(unit, decided.touched, apart=decided.apart)
-        if decided.touched and units:
-            decided.update(units)
+        self._step(units, decided)
         self.updated |= {unit.index: unit for unit in units}
 
     def _renew_in_order(self) -> None:
@@ -121,6 +155,16 @@ class Updates:
     def _renew(self, unit: Unit) -> None:
         assert self.decided is not None
         del self.updated[unit.index]
-        self.renew(unit, self.decided)
+        self._finish(unit, self.decided)
+
+    def _step(self, units: Sequence[Unit], decided: Decided) -> None:
+        assert decided.update is not None
+        for unit in units:
+            self.gradients.hand_out(unit, decided.touched, apart=decided.apart)
+        if decided.touched and units:
+            decided.update(units)
+
+    def _finish(self, unit: Unit, decided: Decided) -> None:
+        self.renew(unit, decided)
         self.gradients.forget(unit)
         self.coming[unit.index] = unit

@@ -68,6 +68,11 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     ):
         if wrong:
             raise _contradiction(words[name], words[other], told.remedy)
+    if place.local_world == place.world and place.local_rank != place.rank:
+        raise _contradiction(
+            words["RANK"], words["LOCAL_RANK"], "leave RANK to the launcher: shoal run, or torchrun",
+            cause=f"all {place.world} ranks are on this host; is a rank written into the script?",
+        )  # fmt: skip
     return place
 
 
@@ -105,8 +110,9 @@ def _whole(word: Word, least: int, most: int, remedy: str) -> int:
     return int(text)
 
 
-def _contradiction(word: Word, other: Word, remedy: str) -> EnvironmentFault:
-    return EnvironmentFault(f"{word.variable}={word.value} contradicts {other.variable}={other.value}", remedy=remedy)
+def _contradiction(word: Word, other: Word, remedy: str, cause: str = "") -> EnvironmentFault:
+    what = f"{word.variable}={word.value} contradicts {other.variable}={other.value}"
+    return EnvironmentFault(what, cause=cause, remedy=remedy)
 
 
 def _launcher(environ: Mapping[str, str]) -> str:

@@ -29,7 +29,7 @@ _PATIENCE = 2.0  # seconds for threads and exit handlers of a failed script
 
 def main() -> None:
     """Run the script that the command line names. Never returns after a failure."""
-    _die_with(int(os.environ[LAUNCHER]))
+    die_with(int(os.environ[LAUNCHER]))
     _speak_in_lines()
     sys.argv = sys.argv[1:]
     code = _run(sys.argv[0])
@@ -40,7 +40,7 @@ def main() -> None:
         sys.exit(code)
 
 
-def _die_with(launcher: int) -> None:
+def die_with(launcher: int) -> None:
     """Have the kernel kill this process when its launcher dies, however that happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

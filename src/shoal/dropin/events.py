@@ -1,0 +1,86 @@
+"""What ranks tell each other before they do something together, so that a wrong program is an error, never a hang."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+from shoal.comm.group import Group
+from shoal.errors import DivergedError, OrderError
+
+_HEAD = struct.Struct("<BBq8s8s")
+
+
+class Event(IntEnum):
+    """What a rank does next with its wrapped model."""
+
+    BACKWARD = 0
+    FORWARD = 1
+    DONE = 2  # it has no more data, and joins in what the others do
+    LEFT = 3  # its program is over
+
+
+_WORDS = {
+    Event.BACKWARD: "ends a backward",
+    Event.FORWARD: "begins a forward and sends buffers",
+    Event.DONE: "is out of data",
+    Event.LEFT: "has come to the end of its program",
+}
+
+
+class Told(NamedTuple):
+    """What one rank has said. `batch`: a digest of its inputs; `state`: of its parameters; empty: not taken."""
+
+    event: Event
+    strict: bool  # does one rank without data end it for all?
+    steps: int
+    batch: bytes
+    state: bytes
+    bits: int
+
+
+class Events:
+    """Where the ranks of one wrapped model meet.
+
+    Args:
+        group: the ranks.
+        count: of the model's parameters.
+    """
+
+    def __init__(self, group: Group, count: int) -> None:
+        self.group, self.size = group, count // 8 + 1
+
+    def tell(
+        self, event: Event, *, steps: int = 0, touched: Sequence[bool] = (), batch: bytes = b"", state: bytes = b"",
+        strict: bool = False,
+    ) -> list[Told]:  # fmt: skip
+        """What every rank says, in their order. Ranks that are out of data agree with whatever the others do.
+
+        Raises:
+            DivergedError: ranks that have data do different things.
+            OrderError: `strict`, and some rank is out of data.
+        """
+        bits = sum(1 << i for i, here in enumerate(touched) if here)
+        head = _HEAD.pack(event, strict, steps, batch.ljust(8, b"\0"), state.ljust(8, b"\0"))
+        told: list[Told] = []
+        for data in self.group.share("events", head + bits.to_bytes(self.size, "little")):
+            kind, hard, number, inputs, params = _HEAD.unpack_from(data)
+            bits = int.from_bytes(data[_HEAD.size :], "little")
+            told.append(Told(Event(kind), bool(hard), number, inputs.rstrip(b"\0"), params.rstrip(b"\0"), bits))
+        busy = {t.event for t in told if t.event is not Event.DONE}
+        if len(busy) > 1:
+            what = "; ".join(f"rank {r} {_WORDS[t.event]}" for r, t in zip(self.group.ranks, told, strict=True))
+            raise DivergedError(
+                f"ranks do different things with a DistributedDataParallel: {what}",
+                cause="unequal numbers of batches, or a branch that only some ranks take",
+                remedy="`with model.join():` around the loop for unequal data; model.module(x) for one rank alone",
+            )
+        out = [str(r) for r, t in zip(self.group.ranks, told, strict=True) if t.event is Event.DONE]
+        if out and busy and any(t.strict for t in told):
+            raise OrderError(
+                f"rank {', '.join(out)} ran out of data, with join(throw_on_early_termination=True)",
+                remedy="join() without it goes on with the others' data",
+            )
+        return told

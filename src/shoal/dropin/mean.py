@@ -1,0 +1,221 @@
+"""The mean of tensors over ranks: one leaf a rank, summed along the tree over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from shoal.comm.group import Group, Pending
+from shoal.comm.pool import Pool
+from shoal.engine.exchange import agree
+from shoal.engine.sums import Mean, Sum, even_bounds
+from shoal.leaves import Node, Weighed
+
+CAP = 25.0
+"""MiB of a bucket, as torch's."""
+
+
+class Bucket:
+    """Gradients that travel together, as torch's `GradBucket` shows them to a communication hook.
+
+    Args:
+        number: of the bucket, from 0; `last`: is it the last one?
+        params: in the order in which they lie in the buffer.
+        flat: their gradients side by side, of one dtype.
+    """
+
+    def __init__(self, number: int, params: Sequence[nn.Parameter], flat: Tensor, *, last: bool) -> None:
+        self._number, self._params, self._flat, self._last = number, list(params), flat, last
+
+    def index(self) -> int:
+        return self._number
+
+    def buffer(self) -> Tensor:
+        """All gradients of the bucket in one flat tensor."""
+        return self._flat
+
+    def set_buffer(self, buffer: Tensor) -> None:
+        self._flat = buffer
+
+    def gradients(self) -> list[Tensor]:
+        """Views of the buffer in the parameters' shapes."""
+        parts = torch.split(self._flat, [p.numel() for p in self._params])
+        return [part.view(p.shape) for part, p in zip(parts, self._params, strict=True)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._params
+
+    def is_last(self) -> bool:
+        return self._last
+
+
+Hook = Callable[[object, Bucket], torch.futures.Future[Tensor]]
+"""What `register_comm_hook` takes: of (state, bucket), a future of the bucket's new buffer."""
+
+
+def cut_into_buckets(params: Sequence[nn.Parameter], cap: float) -> list[list[int]]:
+    """Places of parameters by bucket, the last parameters first; a bucket has one dtype and device, and a size.
+
+    Args:
+        params: of the model, in its order.
+        cap: MiB of a bucket; a larger parameter has one of its own.
+    """
+    buckets: list[list[int]] = []
+    kinds: dict[tuple[torch.dtype, torch.device], tuple[int, float]] = {}
+    for place in reversed(range(len(params))):
+        p = params[place]
+        size = p.numel() * p.element_size() / 2**20
+        number, filled = kinds.get((p.dtype, p.device), (-1, 0.0))
+        if number < 0 or filled + size > cap:
+            buckets.append([])
+            number, filled = len(buckets) - 1, 0.0
+        buckets[number].append(place)
+        kinds[p.dtype, p.device] = number, filled + size
+    return buckets
+
+
+class Averager:
+    """Averages gradients over the ranks of a group, bucket by bucket.
+
+    Args:
+        group: the ranks.
+        params: those that are trained, the same ones on all ranks.
+        cap: MiB of a bucket.
+        wire: the dtype in which floating gradients travel and are summed; None: their own.
+    """
+
+    def __init__(
+        self, group: Group, params: Sequence[nn.Parameter], cap: float = CAP, wire: torch.dtype | None = None
+    ) -> None:  # fmt: skip
+        self.group, self.params, self.pool, self.wire = group, list(params), Pool(), wire
+        self.buckets = cut_into_buckets(self.params, cap)
+
+    def average(
+        self, touched: Sequence[bool], active: Sequence[bool], divisor: float, hook: tuple[Hook, object] | None = None
+    ) -> None:  # fmt: skip
+        """Replace every `p.grad` by the mean over ranks. Collective.
+
+        Args:
+            touched: per parameter, does some rank have a gradient? The others keep what they have.
+            active: per rank, does it bring gradients? Others take part with nothing, and keep theirs.
+            divisor: of the sum.
+            hook: takes a bucket's place in the exchange, with its state.
+        """
+        wanted = [[i for i in bucket if touched[i]] for bucket in self.buckets]
+        wanted = [places for places in wanted if places]
+        flats = [self._flatten(places, present=active[self.group.rank]) for places in wanted]
+        if hook is not None:
+            for number, (places, flat) in enumerate(zip(wanted, flats, strict=True)):
+                last = number == len(wanted) - 1
+                bucket = Bucket(number, [self.params[i] for i in places], flat, last=last)
+                call, state = hook
+                future = call(state, bucket)
+                future.wait()
+                value = future.value()
+                self._hand_out(places, value[0] if isinstance(value, (list, tuple)) else value, active)
+            return
+        flows = [mean_of(self.group, flat, active, divisor, self.pool) for flat in flats]
+        for flow in flows:
+            flow.send(None)  # all are under way before the first is waited for
+        for places, flow in zip(wanted, flows, strict=True):
+            result = finish(flow)
+            self._hand_out(places, result, active)
+            self.pool.give(result)
+
+    def _flatten(self, places: Sequence[int], *, present: bool) -> Tensor:
+        parts = [self.params[i] for i in places]
+        dtype = self.wire if self.wire is not None and parts[0].is_floating_point() else parts[0].dtype
+        flat = torch.zeros(sum(p.numel() for p in parts), dtype=dtype, device=parts[0].device)
+        if present:
+            for p, view in zip(parts, torch.split(flat, [p.numel() for p in parts]), strict=True):
+                if p.grad is not None:
+                    view.copy_(p.grad.detach().reshape(-1))
+        return flat
+
+    @torch.no_grad()
+    def _hand_out(self, places: Sequence[int], flat: Tensor, active: Sequence[bool]) -> None:
+        if not active[self.group.rank]:
+            return
+        parts = [self.params[i] for i in places]
+        for p, view in zip(parts, torch.split(flat, [p.numel() for p in parts]), strict=True):
+            if p.grad is None:
+                p.grad = view.view(p.shape).to(p.dtype, copy=True)
+            else:
+                p.grad.detach().copy_(view.view(p.shape))
+
+
+Flow = Generator[Pending | None, None, Tensor]
+"""Yields None once it is under way, then whatever it has to wait for; its result."""
+
+
+def mean_of(group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool) -> Flow:
+    """The sum of everybody's `flat` over `divisor`, in a buffer of the pool. Collective.
+
+    Args:
+        flat: this rank's, which is used up.
+        active: per rank, whether its tensor counts.
+    """
+    size = group.size
+    if size == 1:
+        yield None
+        return flat if divisor == 1 else flat.div_(divisor)
+    none: Weighed[bool] = Weighed(None)
+    held = [[(Node(0, r), Weighed(True, 1.0) if counts else none)] for r, counts in enumerate(active)]
+    mine: Weighed[Sum] = Weighed(Sum([flat]), 1.0) if active[group.rank] else Weighed(None)
+    like = flat[:0]
+    flow = agree(
+        group, even_bounds(0, flat.numel(), size), [(0, flat.numel())], [(Node(0, group.rank), mine)], held, divisor,
+        size, pool, like,
+    )  # fmt: skip
+    first = next(flow)
+    yield None
+    result = yield from _after(first, flow)
+    assert result.flat is not None
+    assert result.strips is not None
+    if sum(active) == 1 and divisor != 1:  # a leaf alone is not divided
+        result.flat.div_(divisor)
+    return result.flat
+
+
+def _after(first: Pending, flow: Generator[Pending, None, Mean]) -> Generator[Pending, None, Mean]:
+    yield first
+    return (yield from flow)
+
+
+def finish(flow: Flow) -> Tensor:
+    """Run a flow that is under way to its end."""
+    while True:
+        try:
+            pending = next(flow)
+            if pending is not None:
+                pending.wait()
+        except StopIteration as done:
+            return done.value
+
+
+def spread(group: Group, flat: Tensor, owner: int) -> None:
+    """Everybody gets the owner's values, in place. Collective."""
+    bounds = [0] * (owner + 1) + [flat.numel()] * (group.size - owner)
+    assert [b - a for a, b in pairwise(bounds)][owner] == flat.numel()
+    group.gather("broadcast", flat, bounds).wait()
+
+
+def spread_all(group: Group, tensors: Sequence[Tensor], owner: int) -> None:
+    """The same for tensors of any shapes, those of one dtype and device side by side."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    with torch.no_grad():
+        for (dtype, device), alike in kinds.items():
+            flat = torch.empty(sum(t.numel() for t in alike), dtype=dtype, device=device)
+            views = torch.split(flat, [t.numel() for t in alike])
+            if group.rank == owner:
+                for view, tensor in zip(views, alike, strict=True):
+                    view.copy_(tensor.detach().reshape(-1))
+            spread(group, flat, owner)
+            if group.rank != owner:
+                for view, tensor in zip(views, alike, strict=True):
+                    tensor.detach().copy_(view.view(tensor.shape))
