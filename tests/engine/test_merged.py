@@ -139,6 +139,18 @@ def test_shapes(shape: str, size: int, place: str) -> None:
     assert_same(train(place, make_model, leaf, units=size), plain(make_model, leaf))
 
 
+@pytest.mark.parametrize("how", ["layerwise", "one layerwise", "a little room", "room"])
+@pytest.mark.parametrize("size", [100, PAIRS])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_updated_early_or_kept(shape: str, size: int, how: str) -> None:
+    """As `layerwise=` and `memory=` have it. The budgets have room for the largest unit, and for everything."""
+    make_model, leaf = SHAPES[shape]
+    place = (1 if how == "one layerwise" else 2, "zero3")
+    budget = {"a little room": "1060KiB" if shape == "pieces of blocks" else "400KiB", "room": "8MiB"}.get(how)
+    settings: dict[str, object] = {"layerwise": True} if budget is None else {"memory": budget}
+    assert_same(train(place, make_model, leaf, units=size, **settings), plain(make_model, leaf))
+
+
 def test_a_unit_stays_while_its_blocks_run() -> None:
     """In the very first leaf, where each gather is agreed on by itself."""
     found: list[list[bool]] = []

@@ -241,6 +241,27 @@ def around(units: Sequence[Unit]) -> dict[int, set[int]]:
     return {a.index: {b.index for b in units if lies_in(a, b)} for a in units}
 
 
+def beside(units: Sequence[Unit]) -> dict[int, set[int]]:
+    """Per unit, those that are whole while it is: of its own blocks, and of all that these lie in."""
+    holders: dict[str, set[int]] = {}
+    for unit in units:
+        for name in unit.modules:
+            holders.setdefault(name, set()).add(unit.index)
+    none = set[int]()
+    return {
+        u.index: set[int]().union(*(holders.get(n, none) for name in u.modules for n in _way_up(name))) - {u.index}
+        for u in units
+    }
+
+
+def _way_up(name: str) -> Iterator[str]:
+    """A module's name, and those of the modules that it lies in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
 def together(units: Sequence[Unit]) -> list[list[int]]:
     """The units of every block, in the order in which its hooks name them."""
     found: dict[tuple[str, ...], list[int]] = {}
