@@ -8,6 +8,7 @@ from typing import Protocol
 
 import pytest
 
+from shoal.engine import units
 from tests.pool import Pool
 
 LEFT = pytest.StashKey[dict[str, int]]()
@@ -42,6 +43,14 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         every = item.get_closest_marker("every")
         if every is not None and sum(item.callspec.indices.values()) % every.args[0]:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_units() -> Iterator[None]:
+    """Every block of the tests' small models is a unit of its own, as blocks of large ones are. `units=` says otherwise."""
+    before, units.SIZE = units.SIZE, 0
+    yield
+    units.SIZE = before
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_lo
 from shoal.data.micro import check_count, end_leaf, micro_steps
 from shoal.data.stream import StreamLoader
 from shoal.dropin.strays import Strays, ours
-from shoal.engine import habits, holding, setup
+from shoal.engine import habits, holding, setup, units
 from shoal.engine.binding import Binding
 from shoal.engine.budget import Budget
 from shoal.engine.fill import Fill
@@ -225,20 +225,25 @@ class Job(Verbs):
         """
         return holding.memory(self._all_bound(), self._mesh.world)
 
+    def explain(self) -> str:
+        """What happens to a unit's parameters and gradients, and when; and which units were chosen, and why."""
+        tables = [units.explain(binding.engine.units) for binding in self._all_bound()]
+        return "\n\n".join([self.strategy.explain(), *tables])
+
     # ---------------------------------------------------------------- model and data
 
     @overload
-    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | int | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], /, *, units: Sequence[str] | int | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, Loader[T]]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, loader: DataLoader[T], scheduler: S, /, *, units: Sequence[str] | int | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, Loader[T], S]: ...  # fmt: skip  # noqa: E501
     @overload
-    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
+    def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | int | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], /,
         *others: DataLoader[object] | LRScheduler,
-        units: Sequence[str] | None = None, elementwise: bool | None = None,
+        units: Sequence[str] | int | None = None, elementwise: bool | None = None,
         float32: Sequence[str] = (), fill: Fill | None = None,
         compile: bool | Mapping[str, object] = False, name: str = "",
     ) -> tuple[object, ...]:  # fmt: skip
@@ -251,7 +256,8 @@ class Job(Verbs):
             model: on `job.device`.
             optimizer: over parameters of this model; or a list of several, each over others of them.
             others: DataLoaders and learning-rate schedulers, in any order.
-            units: names of modules whose parameters travel together; None: blocks of every ModuleList or Sequential.
+            units: names of modules whose parameters travel together; None: blocks of every ModuleList or Sequential,
+                small neighbours merged and what is very large cut; a number: merged up to so many bytes, 0: not at all.
             elementwise: may the optimizer's parameters be cut anywhere? None: known for torch's, tried for others.
             float32: names of modules, or of their classes ("LayerNorm"), that compute in float32 whatever the
                 precision. Batch norm always does.

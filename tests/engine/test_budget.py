@@ -128,6 +128,51 @@ def test_too_small() -> None:
         run(2, lambda _r: train("64KiB"))
 
 
+class Four(nn.Module):
+    """A block of four modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(self.b(self.a(x).tanh()).tanh()).tanh())
+
+
+@pytest.mark.parametrize("blocks", [3, 4])
+def test_units_of_one_block_are_whole_together(blocks: int) -> None:
+    """From the first leaf on, which no plan has foreseen. So a budget must have room for all of them."""
+
+    def rank_main(_rank: int, memory: int | None) -> tuple[int, int]:
+        with shoal.init("zero3", run_dir="none", device="cpu", memory=memory) as job:
+            model = nn.Sequential(Four(), Four())
+            model, optimizer = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), units=2000)
+            assert len(job.explain().split("\n\n")[1].splitlines()) == 1 + 8
+            rest = sum(e.rest for e in job.memory().entries)
+            most = [0]
+
+            def look(*_: object) -> None:
+                found = [e for e in job.memory().entries if e.name in (GATHERED, KEPT_UNITS)]
+                assert all(e.now <= e.peak for e in found)
+                most.append(sum(e.now for e in found))
+
+            model[0].a.register_forward_hook(look)
+            model[1].a.weight.register_post_accumulate_grad_hook(look)
+            for _ in range(3):
+                model(torch.randn(4, WIDTH)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return max(most), rest
+
+    ranks = run(2, lambda _r: rank_main(_r, None))
+    rest = max(rest for _, rest in ranks)
+    if blocks < 4:
+        with pytest.raises(SettingError, match="is too small"):
+            run(2, lambda r: rank_main(r, rest + blocks * BLOCK))
+    else:
+        assert [most for most, _ in run(2, lambda r: rank_main(r, rest + blocks * BLOCK))] == [4 * BLOCK] * 2
+
+
 def test_the_smallest_budget_counts(capsys: pytest.CaptureFixture[str]) -> None:
     """And is said, once."""
     same = run(2, lambda _r: train("1MiB"))

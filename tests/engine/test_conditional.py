@@ -104,6 +104,14 @@ def test_leaves_that_differ(case: str, place: str) -> None:
     assert_same(train(place, make_model, leaf, make_optimizer=adamw, steps=4), reference(case))
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("case", CASES)
+def test_leaves_that_differ_in_a_world_of_one(case: str, strategy: str) -> None:
+    """Where gradients stay the tensors that autograd made."""
+    make_model, leaf = CASES[case]
+    assert_same(train((1, strategy), make_model, leaf, make_optimizer=adamw, steps=4), reference(case))
+
+
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize("case", ["layer drop, per leaf", "experts"])
 def test_whoever_runs_first(case: str, order: int) -> None:

@@ -77,9 +77,9 @@ def test_the_same_numbers(name: str, how: str) -> None:
     assert early == plain
 
 
-@pytest.mark.parametrize("leaves", [2, 4])
+@pytest.mark.parametrize(("world", "leaves"), [(1, 1), (2, 2), (2, 4)])
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
-def test_one_unit_of_gradients(name: str, leaves: int) -> None:
+def test_one_unit_of_gradients(name: str, world: int, leaves: int) -> None:
     """From the second step on: those of a block, those that are under way, and sums of leaves before."""
 
     def rank_main(_rank: int, layerwise: bool) -> tuple[int, int]:
@@ -120,10 +120,10 @@ def test_one_unit_of_gradients(name: str, leaves: int) -> None:
             assert entries[FIRST_STEP].setting == "layerwise"
             return most[0], steady
 
-    early = run(2, lambda r: rank_main(r, True))
-    plain = run(2, lambda r: rank_main(r, False))
+    early = run(world, lambda r: rank_main(r, True))
+    plain = run(world, lambda r: rank_main(r, False))
     for (most, steady), (without, _) in zip(early, plain, strict=True):
-        waiting = 0 if leaves == 2 else BLOCKS * UNIT // (1 if name == "ddp" else 2)
+        waiting = 0 if leaves == world else BLOCKS * UNIT // (1 if name == "ddp" else 2)
         assert most <= steady
         assert UNIT <= most <= 3 * UNIT + waiting
         assert without >= BLOCKS * UNIT // 2 > 3 * UNIT or name != "ddp"

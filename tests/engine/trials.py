@@ -67,7 +67,7 @@ class Numbers(Dataset[int]):
 def train(
     place: str | tuple[int, str | Strategy], make_model: Callable[[], nn.Module], leaf: Leaf, *,
     make_optimizer: MakeOptimizer = sgd, steps: int = 3, leaves: int = 4, clip: float | None = None,
-    units: list[str] | None = None, each: Callable[[shoal.Job, nn.Module, Optimizer], None] | None = None,
+    units: list[str] | int | None = None, each: Callable[[shoal.Job, nn.Module, Optimizer], None] | None = None,
     order: int | None = None, **settings: object,
 ) -> Result:  # fmt: skip
     """Train on threads.

@@ -87,14 +87,15 @@ def samples(count: int = 56) -> TensorDataset:
 
 def trainer(
     strategy: str | Strategy, *, make_optimizer: MakeOptimizer = adamw, clip: float | None = 0.5, epochs: int = 1,
-    global_batch: int = 24, make_model: Callable[[], nn.Module] = Everything, **settings: object,
+    global_batch: int = 24, make_model: Callable[[], nn.Module] = Everything, units: int | None = None,
+    **settings: object,
 ) -> Callable[[int], Outcome | None]:  # fmt: skip
     """The program of one rank: train and return the outcome on rank 0. 56 samples: the last step is short."""
 
     def rank_main(_rank: int) -> Outcome | None:
         with shoal.init(strategy, run_dir="none", device="cpu", **settings) as job:
             model = make_model()
-            model, optimizer = job.prepare(model, make_optimizer(model))
+            model, optimizer = job.prepare(model, make_optimizer(model), units=units)
             loader = job.loader(samples(), global_batch=global_batch)
             losses: list[float] = []
             for _ in range(epochs):

@@ -69,6 +69,13 @@ def test_pending_updates_change_nothing(
     assert got == clipped(leaves, clip)
 
 
+@pytest.mark.parametrize("size", [60_000, 100])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_size_of_units_changes_nothing(name: str, size: int) -> None:
+    """Two blocks that travel as one, or every module by itself."""
+    assert on_threads(3, name, leaves=4, units=size) == one_process(4, "adamw", "float32")
+
+
 @pytest.mark.every(3)
 @pytest.mark.parametrize("memory", ["300KiB", "500KiB", "550KiB"])
 @pytest.mark.parametrize("leaves", [2, 4, 6])

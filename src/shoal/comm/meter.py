@@ -29,10 +29,13 @@ class Meter:
     def __init__(self, rank: int, size: int, *, shared: bool = False, ranks_per_host: Sequence[int] = ()) -> None:
         self.shared, self.levels = shared, Levels.of(size, ranks_per_host)
         self.rank, self.size, self.sent = rank, size, Counter[str]()
+        self.transfers = Counter[str]()  # how many were begun, by verb
         self.closed, self.failed = False, False
 
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
-        self.sent[label.split(" ")[0]] += sum(t.nbytes for _, strips in sends for t in strips)
+        verb = label.split(" ")[0]
+        self.transfers[verb] += 1
+        self.sent[verb] += sum(t.nbytes for _, strips in sends for t in strips)
         echo = dict(sends)
         boxes = [(peer, new_strips(box) if isinstance(box, Like) else box) for peer, box in receives]
         for peer, strips in boxes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
 
+from shoal.engine.autograd import in_backward
 from shoal.errors import AwayError
 
 
@@ -27,18 +28,31 @@ def untouched(holes: Tensor) -> Tensor:
     return holes == hole(holes.dtype, 1, holes.device)
 
 
+_ADDS = (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor)  # the latter with create_graph=True
+
+Accumulate = Callable[[str, Tensor], Tensor]
+"""Adds to what a parameter of this name has got so far, and returns all of it."""
+
+
 class AwayGrad(Tensor):
-    """A gradient that is not whole on this rank. Every operation on it raises `AwayError`."""
+    """A gradient that is not whole on this rank. Every operation on it raises `AwayError`.
+
+    Only autograd itself may add to it, in a backward call: `accumulate` gets what it adds. So nobody has to look at
+    every parameter before every backward call.
+    """
 
     param_name: str
+    accumulate: Accumulate | None
     layerwise: bool  # will it have been used before the step?
 
     @staticmethod
-    def __new__(cls: type[AwayGrad], like: Tensor, name: str, *, layerwise: bool = False) -> AwayGrad:
+    def __new__(
+        cls: type[AwayGrad], like: Tensor, name: str, accumulate: Accumulate | None = None, *, layerwise: bool = False
+    ) -> AwayGrad:
         made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
             cls, like.shape, dtype=like.dtype, device=like.device
         )
-        made.param_name, made.layerwise = name, layerwise
+        made.param_name, made.accumulate, made.layerwise = name, accumulate, layerwise
         return made  # pyright: ignore[reportUnknownVariableType]
 
     @classmethod
@@ -58,7 +72,11 @@ class AwayGrad(Tensor):
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
-    ) -> NoReturn:
+    ) -> object:
+        guard = args[0] if args else None
+        if func in _ADDS and isinstance(guard, AwayGrad) and guard.accumulate is not None and in_backward():
+            total = guard.accumulate(guard.param_name, cast(Tensor, args[1]))
+            return guard if func is _ADDS[0] else total
         _refuse(args)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:

@@ -69,6 +69,7 @@ class Binding:
         self.look_for_schedulers = True
         self.later = False  # may updates be pending when `step()` returns?
         self._pieces: dict[int, list[list[nn.Parameter]]] = {}  # of every unit, in every group of the only optimizer
+        self._zeroed: dict[Optimizer, dict[str, nn.Parameter]] = {}  # what `zero_grad` of each is about
         self._waiting = list(self.optimizers)  # those that have not stepped in this leaf
         self._steps = [o.step for o in self.optimizers]
         for optimizer in self.optimizers:
@@ -90,13 +91,14 @@ class Binding:
 
     def zero_grad(self, optimizer: Optimizer) -> None:
         """What `optimizer.zero_grad()` does now."""
-        names = {n for group in self.group_names[self.optimizers.index(optimizer)] for n in group}
-        if len(self.optimizers) == 1:
-            names |= self.order.keys()
-        self.engine.discard(names)
-        for name, param in self.model.named_parameters():
-            if name in names:
-                param.grad = None
+        if optimizer not in self._zeroed:
+            names = {n for group in self.group_names[self.optimizers.index(optimizer)] for n in group}
+            if len(self.optimizers) == 1:
+                names |= self.order.keys()
+            self._zeroed[optimizer] = {n: p for n, p in self.model.named_parameters() if n in names}
+        self.engine.discard(self._zeroed[optimizer].keys())
+        for param in self._zeroed[optimizer].values():
+            param.grad = None
 
     def step(self, optimizer: Optimizer) -> None:
         """What `optimizer.step()` does now: the first one of a leaf ends it; with the step's last leaf, update."""
@@ -130,16 +132,22 @@ class Binding:
         alone = len(self.optimizers) == 1 and optim.by_units(optimizer)
         return alone and all(p in self.holder for group in optimizer.param_groups for p in group["params"])
 
-    def _updater(self, optimizer: Optimizer) -> Callable[[Unit], None]:
-        """The optimizer's step as it is set now, on the pieces of one unit."""
+    def _updater(self, optimizer: Optimizer) -> Callable[[Sequence[Unit]], None]:
+        """The optimizer's step as it is set now, on the pieces of some units."""
         step = self._steps[self.optimizers.index(optimizer)]
         settings = [_settings(group) for group in optimizer.param_groups] if self.later else None
 
-        def update(unit: Unit) -> None:
+        everything = len(self.engine.gradients.units)
+
+        def update(units: Sequence[Unit]) -> None:
+            if len(units) == everything and settings is None:
+                step()
+                return
             groups = optimizer.param_groups
             before = [dict(group) for group in groups]
             for i, group in enumerate(groups):
-                group.update(settings[i] if settings is not None else {}, params=self._of_unit(unit, i))
+                params = [piece for unit in units for piece in self._of_unit(unit, i)]
+                group.update(settings[i] if settings is not None else {}, params=params)
             optimizer.param_groups = [group for group in groups if group["params"]]
             try:
                 if optimizer.param_groups:
@@ -151,8 +159,8 @@ class Binding:
 
         return update
 
-    def updater(self) -> Callable[[Unit], None]:
-        """The only optimizer's step on one unit, while others' gradients are not there yet."""
+    def updater(self) -> Callable[[Sequence[Unit]], None]:
+        """The only optimizer's step on some units, while others' gradients are not there yet."""
         optimizer = self.optimizers[0]
         if not self._by_units(optimizer):
             optim.check_layerwise(self.optimizers, self.strategy.precision)

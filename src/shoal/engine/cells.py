@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of it that lies here: of a DTensor its local tensor, else all."""
+    if type(tensor) in _PLAIN:  # to ask one for an attribute that it has not is slow
+        return tensor
     return cast(Tensor, getattr(tensor, "_local_tensor", tensor))
 
 
@@ -21,6 +25,8 @@ def spread(param: Tensor) -> bool:
 
 def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     """This rank's part of a gradient, summed over the cell where it came in parts. A collective of the cell."""
+    if type(grad) in _PLAIN:
+        return grad
     redistribute = getattr(grad, "redistribute", None)
     if redistribute is None:
         return grad

@@ -43,7 +43,7 @@ class Compiled:
 
 def compile_blocks(units: Sequence[Unit], options: Mapping[str, object], carrier: Carrier) -> list[Compiled]:
     """Compile every block that has no other one inside."""
-    blocks = dict.fromkeys(unit.module for unit in units)
+    blocks = dict.fromkeys(module for unit in units for module in unit.modules.values())
     outer = {b for b in blocks for other in blocks if other is not b and other in set(b.modules())}
     return [Compiled(block, options, carrier) for block in blocks if block not in outer]
 

@@ -25,6 +25,7 @@ from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around, together
 from shoal.engine.updates import Decided, Updates
+from shoal.engine.visits import Visits
 from shoal.errors import OrderError, PlanError
 from shoal.leaves import Assignment
 from shoal.random import mix
@@ -65,6 +66,7 @@ class Engine:
         self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes, layerwise=layerwise)
         self.updates = Updates(self.gradients, self._renew)
         self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
+        self.visits = Visits(self._let_go)
         self.set_leaves(assignment, leaves, twig)
         self.plan: Residence | None = None
         self.budgeted = False
@@ -80,7 +82,7 @@ class Engine:
         self.seed = 0
         self.say: Callable[[str], None] = lambda _text: None
         self.before_open: Callable[[], None] = lambda: None
-        self.updater: Callable[[], Callable[[Unit], None]] | None = None  # of a step that is updated layerwise
+        self.updater: Callable[[], Callable[[Sequence[Unit]], None]] | None = None  # of layerwise updates
         self.begun_most = 0  # bytes of gradients of units whose backward was under way at the same time
         self.grads_written: Callable[[], bool] = lambda: True  # may whoever updates write to gradients?
         self.buffers = Buffers(model, mesh.data)
@@ -92,7 +94,8 @@ class Engine:
         """Fix the leaves of a step. Only between steps."""
         self.assignment, self.leaves, self.twig = assignment, leaves, twig
         self.every_leaf = every_leaf(self.rules[Moment.AFTER_BACKWARD])
-        self.gathers = any(r.op is Op.GATHER for r in self.rules[Moment.BEFORE_FORWARD])
+        away = any(not u.resident for u in self.units)
+        self.gathers = away and any(r.op is Op.GATHER for r in self.rules[Moment.BEFORE_FORWARD])
         self.meeting.make_room(max(8 * leaves, len(self.gradients.names) // 8 + 2 + _OVERFLOW.size))
         self._new_step(leaves)
 
@@ -208,6 +211,7 @@ class Engine:
         acted = self.turn == 0
         if leaf is not None:
             self.gradients.drop_held(leaf)
+            self.visits.forget()
             self.presence.free_all()
             self.buffers.end(self.mesh.cell if acted else None, 1.0)
         changed = self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed])) if acted else []
@@ -263,6 +267,7 @@ class Engine:
         elif self.turns.reduces(self.turn):
             for unit in trainable:
                 self.gradients.start(unit, leaf)
+        self.visits.forget()
         self.presence.free_all(leaf.stay)
         if self.plan is None and self.overlap:
             self._make_plan(leaf)
@@ -337,7 +342,7 @@ class Engine:
             self.gradients.hand_out(unit, self.decided.touched, apart=self.decided.apart)
         self.settled = True
 
-    def update(self, update: Callable[[Unit], None]) -> None:
+    def update(self, update: Callable[[Sequence[Unit]], None]) -> None:
         """Bring units up to date, one by one. With `later` set they may stay behind until somebody needs them."""
         assert self.decided is not None
         self.updates.decide(self.gradients.units, replace(self.decided, update=update), later=self.later)
@@ -399,7 +404,8 @@ class Engine:
             case Op.REDUCE | Op.AGREE:
                 raise AssertionError(f"{op} travels: see Gradients.start")
 
-    def before_forward(self, units: Iterable[Unit]) -> None:
+    def before_forward(self, units: Iterable[Unit], block: nn.Module) -> None:
+        self.visits.enter(units, block)
         for unit in units:
             self.updates.bring(unit)
             if self.recording and self.leaf is not None:
@@ -407,7 +413,9 @@ class Engine:
             self.at(Moment.BEFORE_FORWARD, unit)
         self.updates.advance()
 
-    def after_forward(self, units: Iterable[Unit], outputs: Sequence[Tensor], *, recomputing: bool) -> None:
+    def after_forward(
+        self, units: Iterable[Unit], block: nn.Module, outputs: Sequence[Tensor], *, recomputing: bool
+    ) -> None:  # fmt: skip
         """Free the units of a block, unless its backward is near or would go unnoticed."""
         for unit in units:
             if recomputing or unit.resident or self.leased:
@@ -416,14 +424,24 @@ class Engine:
                 torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
             ):
                 self.presence.keep(unit)
-            else:
+            elif self.visits.leave(unit, block):
                 self.at(Moment.AFTER_FORWARD, unit)
 
-    def before_backward(self, units: Iterable[Unit]) -> None:
+    def forward_ends(self) -> None:
+        """The model's output is there. What follows may be its backward, if a leaf is under way."""
+        if self.leaf is None:
+            self.visits.end()
+
+    def _let_go(self, unit: Unit) -> None:
+        """Nobody is inside a unit of several blocks any more, and something else is entered."""
+        self.at(Moment.AFTER_FORWARD, unit, Op.FREE)
+
+    def before_backward(self, units: Iterable[Unit], block: nn.Module) -> None:
         """The gradient of a block's output is there."""
         if self.leaf is None:
             raise self._no_leaf()
         entered = self._call(self.leaf)
+        self.visits.enter(units, block)
         for unit in units:
             entered.add(unit.index)
             self.at(Moment.BEFORE_BACKWARD, unit)
@@ -444,36 +462,42 @@ class Engine:
             at_end_of_backward(lambda: self.backward_done(call))
         return leaf.backwards[call]
 
-    def after_backward(self, units: Iterable[Unit]) -> None:
+    def after_backward(self, units: Iterable[Unit], block: nn.Module, ends: Iterable[tuple[Unit, int]]) -> None:
         """The gradient of a block's input is there: all that came after it is done."""
         if self.leaf is not None:
+            if not units:  # of the blocks around: plans put what they lack before that
+                self.visits.end()
+            for unit, end in ends:
+                self._complete(unit, end)
             for unit in units:
-                self._complete(unit)
+                if self.visits.leave(unit, block):
+                    self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
             self.presence.pump()
 
-    def _complete(self, unit: Unit) -> None:
-        """The backward of a unit's block is over for now; the first leaf has shown whether for good."""
+    def _complete(self, unit: Unit, end: int) -> None:
+        """The backward of one of a unit's ends is over for now; the first leaf has shown whether for good."""
         leaf = self.leaf
         assert leaf is not None
-        if unit.index in leaf.fresh:
-            leaf.fresh.discard(unit.index)
-            leaf.record.add(Act.REDUCE, unit.index)
-            if leaf.cursor is not None and leaf.record.times[unit.index] == self.expected[unit.index]:
-                self.gradients.take(unit, leaf)
-        self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
+        if end in leaf.fresh:
+            leaf.fresh.discard(end)
+            leaf.record.add(Act.REDUCE, unit.index, end)
+            if leaf.cursor is not None and leaf.record.times[end] == self.expected[end]:
+                leaf.complete[unit.index] += 1
+                if leaf.complete[unit.index] == len(unit.ends):  # an end without gradients is waited for in vain
+                    self.gradients.take(unit, leaf)
 
-    def before_gradient(self, name: str, param: nn.Parameter) -> None:
-        """Autograd is about to add to `param.grad`: give it what earlier backward calls of this leaf left there."""
-        self.backward_begins()
-        self.gradients.show(name, param)
-
-    def after_gradient(self, unit: Unit, name: str) -> None:
-        """One gradient has been added."""
-        leaf = self.leaf
+    def after_gradient(self, unit: Unit, name: str, param: Tensor) -> None:
+        """One gradient has been added. Called once per parameter: it does no more than it must."""
+        leaf = self.presence.leaf
         if leaf is None:
             raise self._no_leaf()
-        self.presence.check_here(unit)
-        leaf.fresh.add(unit.index)
+        if graph_task() not in leaf.backwards:
+            self._call(leaf)
+        if self.gradients.added or self.gradients.stale:
+            self.gradients.show(name, param)
+        if not unit.here:
+            self.presence.check_here(unit)
+        leaf.fresh.add(unit.end_of[name])
         leaf.touched.add(name)
         self._count(unit, leaf)
         if unit.index in leaf.done:
@@ -486,9 +510,8 @@ class Engine:
     def _count(self, unit: Unit, leaf: Leaf) -> None:
         if self.gradients.layerwise and unit.index not in leaf.begun:
             leaf.begun.add(unit.index)
-            under_way = leaf.fresh if leaf.cursor is None else leaf.begun - leaf.done
-            sizes = (u.layout.used * u.dtypes.compute.itemsize for u in self.units if u.index in under_way)
-            self.begun_most = max(self.begun_most, sum(sizes))
+            under_way = [u for u in self.units if u.index in leaf.begun and not _over(u, leaf)]
+            self.begun_most = max(self.begun_most, sum(u.layout.used * u.dtypes.compute.itemsize for u in under_way))
 
     def _no_leaf(self) -> OrderError:
         return OrderError(
@@ -503,9 +526,20 @@ class Engine:
         if leaf is None:
             return
         entered = leaf.backwards.pop(call, set())
-        for unit in reversed(self.units):
-            if not leaf.backwards or unit.index in entered:
-                self._complete(unit)
+        over = [u for u in reversed(self.units) if not leaf.backwards or u.index in entered]
+        self.visits.leave_all(over, for_good=not leaf.backwards)
+        for unit in over:
+            for end in unit.ends if leaf.fresh else ():
+                self._complete(unit, end)
+            if not unit.merged:
+                self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
         if not leaf.backwards:
             self.gradients.hide()
         self.presence.pump()
+
+
+def _over(unit: Unit, leaf: Leaf) -> bool:
+    """Are all of its gradients there, as far as anybody knows in this leaf?"""
+    if leaf.cursor is not None:
+        return unit.index in leaf.done
+    return all(leaf.record.times[end] and end not in leaf.fresh for end in unit.ends)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.comm.group import Common, Done, Pending
 from shoal.comm.meet import Meeting, Want
@@ -84,9 +84,10 @@ class Gradients:
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         self.in_flight = largest if layerwise else IN_FLIGHT
         guard = partial(AwayGrad, layerwise=layerwise)
-        self.guards = {n: guard(p, n) for u in self.units for n, p in u.params.items()}
+        self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
         self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
+        self.added: set[str] = set()  # those of them that autograd has added to, and nobody has seen yet
         self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
         self.flows: dict[int, Journey] = {}  # by unit, the oldest first
         self.ordered = mesh.world.carrier.ordered
@@ -112,20 +113,35 @@ class Gradients:
 
     # ---------------------------------------------------------------- in a leaf
 
-    def show(self, name: str, param: nn.Parameter) -> None:
-        """Autograd is about to add to `param.grad`: give it what earlier backward calls of this leaf left there."""
-        if param.grad is self.guards[name]:
-            if name in self.stale:
-                raise _not_zeroed(name)
-            param.grad = self.held.pop(name, None)
+    def _accumulate(self, name: str, grad: Tensor) -> Tensor:
+        """Autograd adds to a guard: it means what earlier backward calls of this leaf left there."""
+        if name in self.stale:
+            raise _not_zeroed(name)
+        held = self.held.get(name)
+        if held is None:
+            self.held[name] = grad.clone()  # others may have it, too
+        elif torch.is_grad_enabled():  # create_graph=True
+            self.held[name] = held + grad
+        else:
+            held.add_(grad)
+        self.added.add(name)
+        return self.held[name]
+
+    def show(self, name: str, param: Tensor) -> None:
+        """Autograd has added to `param.grad`: in a backward call, all may see it."""
+        if name in self.added:
+            self.added.discard(name)
+            param.grad = self.held.pop(name)
         self.stale.discard(name)
 
     def hide(self) -> None:
         """Nobody may see this leaf's gradients between two backward calls."""
+        held, guards = self.held, self.guards
         for unit in self.units:
             for name, param in unit.params.items():
-                if param.grad is not None and param.grad is not self.guards[name]:
-                    self.held[name], param.grad = param.grad, self.guards[name]
+                grad = param.grad
+                if grad is not None and grad is not (guard := guards[name]):
+                    held[name], param.grad = grad, guard
 
     def discard(self, names: Collection[str], leaf: Leaf | None) -> None:
         """`zero_grad()` for `names`: in mid-leaf, forget what this leaf has gathered for them."""
@@ -158,9 +174,15 @@ class Gradients:
         if unit.index in leaf.done:
             return
         leaf.done.add(unit.index)
-        grads = {n: g for n, p in unit.params.items() if (g := self._grad(n, p)) is not None}
-        for name in grads:
-            unit.params[name].grad = self.guards[name]
+        grads: dict[str, Tensor] = {}
+        for name, param in unit.params.items():
+            held, grad, guard = self.held.pop(name, None), param.grad, self.guards[name]
+            if grad is guard:
+                grad = held
+            elif grad is not None:
+                param.grad = guard
+            if grad is not None:
+                grads[name] = local_gradient(grad, param)
         if leaf.number is not None:
             self.touched |= leaf.touched & unit.params.keys() if leaf.weight else set()
             value = Sum(self._strips(unit, grads, leaf.number)) if leaf.weight else None
@@ -179,11 +201,6 @@ class Gradients:
         else:
             self.growing[unit.index] = (count + 1, total)
 
-    def _grad(self, name: str, param: nn.Parameter) -> Tensor | None:
-        held = self.held.pop(name, None)
-        grad = held if param.grad is self.guards[name] else param.grad
-        return None if grad is None else local_gradient(grad, param)
-
     def _strips(self, unit: Unit, grads: dict[str, Tensor], leaf: int) -> list[Tensor]:
         """A unit's gradients run by run: large ones as they are, small ones side by side."""
         with torch.no_grad():
@@ -197,13 +214,17 @@ class Gradients:
 
     def _strip(self, unit: Unit, grads: dict[str, Tensor], spans: Sequence[Span]) -> Tensor:
         dtype, first = unit.dtypes.reduce, spans[0]
+        if unit.alone:
+            if first.name in grads:
+                return _as_it_is(unit, first.name, grads[first.name], dtype)
+            return torch.zeros(unit.pieces[first.name].shape, dtype=dtype, device=unit.device)
         if len(spans) == 1 and first.name in grads:
-            return unit.as_it_lies(first.name, grads[first.name].detach()).reshape(-1).to(dtype)
+            return _flat(unit, first.name, grads[first.name], dtype)
         strip = torch.zeros(spans[-1].stop - first.start, dtype=dtype, device=unit.device)
         there = [s for s in spans if s.name in grads]
         if there:
             views = [strip[s.start - first.start : s.stop - first.start] for s in there]
-            flat = [unit.as_it_lies(s.name, grads[s.name].detach()).reshape(-1) for s in there]
+            flat = [_flat(unit, s.name, grads[s.name], None) for s in there]
             torch._foreach_copy_(views, flat)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         return strip
 
@@ -311,9 +332,8 @@ class Gradients:
             came = yield from self._reduce(unit, tree, leaf.turn, key)
         if Op.AGREE in ops:
             yield from self._agree(unit, tree, turns, key, borrowed=came is not None)
-        else:
-            own(tree)
         if came is not None:
+            own(tree)
             came.release()
 
     def _telling(self, unit: Unit, flow: Flow, leaf: Leaf) -> Flow:
@@ -383,16 +403,21 @@ class Gradients:
             apart: none may lie in memory of several ranks: whoever updates might write to them.
         """
         self.in_common = not apart
-        mean, start = self.results[unit.index], unit.mine.start
+        mean = self.results[unit.index]
         unit.widen()
-        for p in unit.owned:
-            piece = unit.pieces[p.name]
-            if mean.strips is None or p.name not in touched:
+        pieces = list(unit.pieces.values())
+        if not mean.strips:
+            for piece in pieces:
+                piece.grad = None
+            return
+        copies = apart and mean.common is not None
+        parts = mean.strips if unit.alone and len(mean.strips) == len(pieces) else mean.cut(unit.places)
+        for p, piece, grad in zip(unit.owned, pieces, parts, strict=True):
+            if p.name not in touched:
                 piece.grad = None
             else:
-                at = start + p.at
-                grad = mean.between(at, at + p.numel).view(piece.shape)
-                piece.grad = grad.clone() if apart and mean.common is not None else grad.to(piece.dtype)
+                grad = grad.view(piece.shape) if grad.dim() != piece.dim() else grad
+                piece.grad = grad.clone() if copies else grad if grad.dtype is piece.dtype else grad.to(piece.dtype)
 
     def change(self, change: Callable[[Tensor], object]) -> None:
         """All gradients that were handed out, in place and element by element. Collective."""
@@ -418,6 +443,25 @@ class Gradients:
         """Pieces have gradients from the end of a step's last leaf to the update only."""
         for piece, guard in self.piece_guards[unit.index]:
             piece.grad = guard
+
+
+def _as_it_is(unit: Unit, name: str, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in its own shape: where nothing travels, nothing needs to lie in a row."""
+    if grad.requires_grad:
+        grad = grad.detach()
+    if unit.orders:
+        grad = unit.as_it_lies(name, grad)
+    if not grad.is_contiguous():
+        grad = grad.contiguous()
+    return grad if grad.dtype is dtype else grad.to(dtype)
+
+
+def _flat(unit: Unit, name: str, grad: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A gradient as its parameter lies in memory, without a copy where it lies so already. Not under autograd."""
+    if grad.requires_grad:  # create_graph=True
+        grad = grad.detach()
+    flat = (unit.as_it_lies(name, grad) if unit.orders else grad).reshape(-1)
+    return flat if dtype is None or flat.dtype is dtype else flat.to(dtype)
 
 
 def _meet_in(means: Sequence[Mean]) -> None:

@@ -28,7 +28,7 @@ from shoal.engine.ledger import (
 )
 from shoal.engine.residence import AHEAD
 from shoal.engine.unit import Unit
-from shoal.engine.units import around
+from shoal.engine.units import beside
 from shoal.leaves import Assignment, pending
 
 _MEASURED = {"Pss": "pages, shared ones by part", "Rss": "pages, shared ones in full"}
@@ -119,8 +119,8 @@ def plan_of(binding: Binding) -> Plan:
 def bill_of(binding: Binding) -> list[UnitBill]:
     """A model's units as the ledger sees them."""
     engine = binding.engine
-    above, sizes = around(engine.units), engine.sizes
-    return [_bill(u, engine.gradients, sum(sizes[i] for i in above[u.index])) for u in engine.units]
+    others, sizes = beside(engine.units), engine.sizes
+    return [_bill(u, engine.gradients, sum(sizes[i] for i in others[u.index])) for u in engine.units]
 
 
 def _staged(bindings: Sequence[Binding]) -> Plan:
@@ -138,10 +138,10 @@ def _twigs(assignment: Assignment, twig: int) -> Assignment:
     return tuple(tuple(dict.fromkeys(leaf // twig for leaf in mine)) for mine in assignment)
 
 
-def _bill(unit: Unit, gradients: Gradients, above: int) -> UnitBill:
+def _bill(unit: Unit, gradients: Gradients, others: int) -> UnitBill:
     shard, copies, dtypes = gradients.mesh.shard, gradients.mesh.copies, unit.dtypes
     return UnitBill(
-        numel=unit.numel, used=unit.layout.used, mine=unit.mine.stop - unit.mine.start, around=above,
+        numel=unit.numel, used=unit.layout.used, mine=unit.mine.stop - unit.mine.start, around=others,
         compute=dtypes.compute.itemsize, master=dtypes.master.itemsize, reduce=dtypes.reduce.itemsize,
         trainable=unit.trainable, resident=unit.resident, stochastic=dtypes.stochastic,
         common=shard.size if unit.common else 1,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +37,33 @@ def install(engine: Engine, compute: torch.dtype, keep: Sequence[nn.Module] = ()
     if compute != torch.float32:
         for module in outermost(keep):
             handles += _kept(module, compute)
-    blocks: dict[nn.Module, list[Unit]] = {}
-    for unit in engine.units:
-        blocks.setdefault(unit.module, []).append(unit)
+    blocks, ends = _blocks(engine.units)
     for block, units in blocks.items():
         if engine.gathers or engine.overlap or engine.gradients.gated or compute != torch.float32:
-            handles += _block(engine, block, units, compute)
-        for unit in units:
-            if unit.trainable:
-                for name, param in unit.params.items():
-                    handles += _gradient(engine, unit, name, param)
+            handles += _block(engine, block, units, ends.pop(block, []), compute)
+    for block, finished in ends.items() if engine.overlap else ():
+        handles.append(_inner(engine, block, finished))
+    for unit in engine.units:
+        for name, param in unit.params.items() if unit.trainable else ():
+            after = partial(engine.after_gradient, unit, name)
+            handles += [cast(Handle, param.register_post_accumulate_grad_hook(after))]
     handles.append(engine.model.register_forward_hook(_after_root(engine, compute), always_call=False))
     return handles
+
+
+End = tuple[Unit, int]
+
+
+def _blocks(units: Sequence[Unit]) -> tuple[dict[nn.Module, list[Unit]], dict[nn.Module, list[End]]]:
+    """By module: the units that it needs, and the ends of units that its backward is."""
+    blocks: dict[nn.Module, list[Unit]] = {}
+    ends: dict[nn.Module, list[End]] = {}
+    for unit in units:
+        for module in unit.modules.values():
+            blocks.setdefault(module, []).append(unit)
+        for number, module in unit.ends.items() if unit.trainable else ():
+            ends.setdefault(module, []).append((unit, number))
+    return blocks, ends
 
 
 def _root(engine: Engine, compute: torch.dtype) -> list[Handle]:
@@ -118,6 +134,7 @@ def _after_root(engine: Engine, compute: torch.dtype) -> Callable[[nn.Module, Ar
             output = each_tensor(output, lambda t: leaving(t, scale))
         for tensor in tensors(output):
             _at_node(tensor, engine.backward_begins)
+        engine.forward_ends()
         return output
 
     return after
@@ -133,12 +150,29 @@ def _at_node(tensor: Tensor, call: Callable[[], None]) -> None:
         tensor.grad_fn.register_prehook(hook)  # pyright: ignore[reportArgumentType]
 
 
-def _block(engine: Engine, block: nn.Module, units: list[Unit], compute: torch.dtype) -> list[Handle]:
+def _inner(engine: Engine, module: nn.Module, ends: list[End]) -> Handle:
+    """A module inside a block, with a unit of its own: it only says when its gradients are there."""
+
     def input_done(_grad: Tensor) -> None:
-        engine.after_backward(units)
+        engine.after_backward((), module, ends)
+
+    def before(_module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        if torch.is_grad_enabled() and not in_backward():
+            for tensor in tensors((args, kwargs)):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(input_done)
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _block(
+    engine: Engine, block: nn.Module, units: list[Unit], ends: list[End], compute: torch.dtype
+) -> list[Handle]:  # fmt: skip
+    def input_done(_grad: Tensor) -> None:
+        engine.after_backward(units, block, ends)
 
     def before(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        engine.before_forward(units)
+        engine.before_forward(units, block)
         if torch.is_grad_enabled() and not in_backward():
             for tensor in tensors((args, kwargs)):
                 if tensor.grad_fn is not None:
@@ -151,20 +185,10 @@ def _block(engine: Engine, block: nn.Module, units: list[Unit], compute: torch.d
         found = tensors(output)
         if torch.is_grad_enabled():
             for tensor in found:
-                _at_node(tensor, lambda: engine.before_backward(units))
-        engine.after_forward(units, found, recomputing=in_backward())
+                _at_node(tensor, lambda: engine.before_backward(units, block))
+        engine.after_forward(units, block, found, recomputing=in_backward())
 
     return [
         block.register_forward_pre_hook(before, with_kwargs=True),
         block.register_forward_hook(after),
     ]
-
-
-def _gradient(engine: Engine, unit: Unit, name: str, param: nn.Parameter) -> list[Handle]:
-    def before(_grad: Tensor) -> None:
-        engine.before_gradient(name, param)
-
-    def after(_param: Tensor) -> None:
-        engine.after_gradient(unit, name)
-
-    return [param.register_hook(before), param.register_post_accumulate_grad_hook(after)]

@@ -41,7 +41,8 @@ class Leaf:
     stay: frozenset[int] = frozenset()  # units that are kept for the next leaf
     record: Record = field(default_factory=Record)
     entered: list[int] = field(default_factory=list[int])  # units in the order of the forward, in a leaf without a plan
-    fresh: set[int] = field(default_factory=set[int])  # units that got gradients since they were last complete
+    fresh: set[int] = field(default_factory=set[int])  # ends that got gradients since they were last complete
+    complete: Counter[int] = field(default_factory=Counter[int])  # per unit, ends that have been so as often as planned
     begun: set[int] = field(default_factory=set[int])  # units that got gradients, where somebody counts them
     done: set[int] = field(default_factory=set[int])  # units whose gradients are taken
     touched: set[str] = field(default_factory=set[str])

@@ -66,7 +66,7 @@ class UnitBill:
 
     Args:
         numel, used, mine: elements of the flat buffer, of its parameters alone, and of this rank's shard.
-        around: elements x bytes of the units of blocks that it lies in, which are whole while it is.
+        around: bytes of other units of its blocks, and of the blocks that these lie in: they are whole while it is.
         resident: the whole stays between steps.
         common, common_gradient: ranks that have the whole, and the step's gradient, in one memory; 1: everybody has
             its own.

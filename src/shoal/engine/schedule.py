@@ -41,15 +41,16 @@ Event = tuple[Act, int]
 class Record:
     """What one rank did in a leaf: when it needed and freed units, and when it had all gradients of one (so far).
 
-    `times`: per unit, how often its gradients were complete, those that `zero_grad()` dropped included.
+    `times`: per end of a unit, how often its gradients were complete, those that `zero_grad()` dropped included.
     """
 
     events: list[Event] = field(default_factory=list[Event])
     times: Counter[int] = field(default_factory=Counter[int])
 
-    def add(self, act: Act, unit: int) -> None:
+    def add(self, act: Act, unit: int, end: int | None = None) -> None:
         self.events.append((act, unit))
-        self.times[unit] += act is Act.REDUCE
+        if act is Act.REDUCE:
+            self.times[unit if end is None else end] += 1
 
     def forget_gradients(self) -> None:
         self.events = [e for e in self.events if e[0] is not Act.REDUCE]

@@ -32,7 +32,7 @@ from shoal.engine.hooks import install
 from shoal.engine.precision import compute_dtype, keepers, kept
 from shoal.engine.scale import LossScale
 from shoal.engine.unit import Part, Unit
-from shoal.engine.units import choose, parts
+from shoal.engine.units import choose, parts, wish
 from shoal.errors import DivergedError, ModelError
 from shoal.leaves import assign
 from shoal.rules import Rules, every_leaf
@@ -52,7 +52,7 @@ class Wanted:
     meeting: Meeting
     overlap: bool
     pending: bool
-    units: Sequence[str] | None
+    units: Sequence[str] | int | None
     elementwise: bool | None
     float32: Sequence[str]
     fill: Fill | None
@@ -81,14 +81,20 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     if w.layerwise:
         optim.check_layerwise(optimizers, w.strategy.precision)
     granules = optim.granules(optimizers, model, w.elementwise)
-    blocks = choose(model, w.units)
+    named, size = wish(w.units)
+    blocks = choose(model, named)
     keep = keepers(model, w.float32)
-    cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules, keep)
+    cut = parts(model, blocks, w.strategy, w.mesh.shard.size, granules, keep, size=size)
     compare(describe(model, optimizers, cut, w), w.meeting)
     same_start(model, w.mesh.data, w.say)
     group_names = [optim.group_names(optimizer, model) for optimizer in optimizers]
     resident = w.strategy.shard < Shard.PARAMETERS
-    units = [Unit(w.first + i, part, w.mesh.shard, resident=resident) for i, part in _filled(model, optimizers, cut, w)]
+    alone = w.mesh.data.size == 1
+    idle = alone and not w.layerwise and w.budget.limit is None  # without a plan: nobody waits, nothing is kept
+    units = [
+        Unit(w.first + i, part, w.mesh.shard, resident=resident, alone=alone)
+        for i, part in _filled(model, optimizers, cut, w)
+    ]
     names: dict[nn.Parameter, str] = {}
     for optimizer in optimizers:
         names |= optim.point_to_pieces(optimizer, units)
@@ -97,16 +103,16 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
     axes = axes_of(w.mesh, w.device) if s.numerics == "fast" else None
     engine = Engine(
         model, units, w.mesh, w.meeting, w.rules, leaves_of(s, w.mesh, w.rules), s.leaves, twig=s.twig,
-        overlap=w.overlap, number=w.number, scale=LossScale() if s.precision == "float16" else None, axes=axes,
-        layerwise=w.layerwise,
+        overlap=w.overlap and not idle, number=w.number, axes=axes, layerwise=w.layerwise,
+        scale=LossScale() if s.precision == "float16" else None,
     )  # fmt: skip
     engine.say = w.say
-    engine.gradients.gated = w.pending
+    engine.gradients.gated = w.pending and not alone
     engine.budgeted, engine.room = w.budget.limit is not None, partial(w.budget.room, w.number)
     handles = install(engine, compute_dtype(s), kept(model, w.float32))
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)
     binding.group_names = group_names
-    binding.later = w.pending
+    binding.later = w.pending and not alone
     if w.layerwise:
         engine.updater = binding.updater
     if w.mesh.shard.size > 1:
@@ -130,7 +136,7 @@ def _filled(
     if meta and not isinstance(w.mesh.world.carrier, Meter):
         filler = Filler(model, optimizers, w.device, cast(int, w.facts["seed"]), w.fill)
     at = 0
-    for _, group in groupby(cut, key=lambda part: id(part.module)):
+    for _, group in groupby(cut, key=lambda part: part.group):
         parts = list(group)
         for part in filler.block(parts) if filler is not None else parts:
             yield at, part

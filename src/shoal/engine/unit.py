@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,15 @@ class Part:
     """What a unit is made of, before it has any storage."""
 
     name: str
-    module: nn.Module
+    modules: Mapping[str, nn.Module]  # by their names: to enter one of them is to need the unit
+    ends: Sequence[tuple[nn.Module, Collection[str]]]  # whose backward brings gradients, and of which parameters
     params: Mapping[str, nn.Parameter]
     dtypes: Dtypes
     trainable: bool
     layout: Layout
     orders: Mapping[str, tuple[int, ...]]  # of parameters that do not lie row by row: their dimensions as they lie
+    group: int = 0  # of parts that were chosen together
+    why: str = ""  # it is what it is
     flat: Tensor | None = None  # the parameters' values, if they lie in one buffer already
 
 
@@ -51,11 +54,15 @@ LARGE = 2**16
 """Elements of a parameter whose gradient is taken as it is, not copied beside others."""
 
 
-def _runs(spans: Sequence[Span]) -> list[list[Span]]:
+MOST_ENDS = 2**20
+"""Numbers of ends are unique among all units."""
+
+
+def _runs(spans: Sequence[Span], large: int) -> list[list[Span]]:
     """Large parameters apart, small ones that lie side by side together."""
     runs: list[list[Span]] = []
     for span in spans:
-        if runs and span.numel < LARGE and runs[-1][-1].numel < LARGE:
+        if runs and span.numel < large and runs[-1][-1].numel < large:
             runs[-1].append(span)
         elif span.numel:
             runs.append([span])
@@ -70,16 +77,21 @@ class Unit:
     into it while it is there, and to one NaN expanded to their shape while it is not.
     """
 
-    def __init__(self, index: int, part: Part, shard: Group, *, resident: bool) -> None:
-        """`resident`: the whole stays on every rank between steps."""
-        self.index, self.name, self.module, self.layout = index, part.name, part.module, part.layout
+    def __init__(self, index: int, part: Part, shard: Group, *, resident: bool, alone: bool = False) -> None:
+        """`resident`: the whole stays on every rank between steps; `alone`: gradients never travel."""
+        self.index, self.name, self.modules, self.layout = index, part.name, part.modules, part.layout
+        self.merged, self.why = len(part.modules) > 1, part.why
+        self.ends = {index * MOST_ENDS + i: module for i, (module, _) in enumerate(part.ends)}
+        self.end_of = {n: index * MOST_ENDS + i for i, (_, names) in enumerate(part.ends) for n in names}
         self.params, self.dtypes, self.trainable = part.params, part.dtypes, part.trainable
         self.orders = part.orders
         same = part.dtypes.compute == part.dtypes.master
         self.shard, self.resident = shard, resident or (shard.size == 1 and same)
         self.mine = self.layout.shard(shard.rank)
         self.owned = tuple(self.layout.pieces(shard.rank))
-        self.run_spans = _runs(self.layout.spans)
+        self.places = [(self.mine.start + p.at, self.mine.start + p.at + p.numel) for p in self.owned]
+        self.alone = alone
+        self.run_spans = _runs(self.layout.spans, 0 if alone else LARGE)
         self.runs = [(spans[0].start, spans[-1].stop) for spans in self.run_spans]
         self.device = next(iter(self.params.values())).device
         self.spread = frozenset(n for n, p in self.params.items() if spread(p))

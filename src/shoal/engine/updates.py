@@ -24,13 +24,13 @@ class Decided:
         touched: parameters that some leaf touched; none of them, if the step updates nothing. It may still grow by
             those of units whose gradients are on their way.
         apart: see `Gradients.hand_out`.
-        update: the user's optimizer on the pieces of one unit; None: it does all at once itself.
+        update: the user's optimizer on the pieces of some units; None: it does all at once itself.
     """
 
     step: int
     touched: Set[str]
     apart: bool
-    update: Callable[[Unit], None] | None = None
+    update: Callable[[Sequence[Unit]], None] | None = None
 
 
 class Updates:
@@ -80,7 +80,7 @@ class Updates:
         if unit is not None:
             assert self.early is not None
             self.done.add(index)
-            self._step(unit, self.early)
+            self._step([unit], self.early)
             self._finish(unit, self.early)
 
     def decide(self, units: Sequence[Unit], decided: Decided, *, later: bool) -> None:
@@ -103,16 +103,14 @@ class Updates:
         if self.gradients.ordered or not (self.waiting or self.updated):
             return
         self.gradients.progress()
-        for unit in list(self.waiting.values()):
-            if not self.gradients.under_way(unit):
-                self._update(unit)
+        self._update([u for u in self.waiting.values() if not self.gradients.under_way(u)])
         self._renew_in_order()
 
     def bring(self, unit: Unit) -> None:
         """Return when the unit is up to date."""
         if unit.index in self.waiting:
             self.gradients.wait_for(unit)
-            self._update(unit)
+            self._update([unit])
         if unit.index in self.updated:
             self._renew(unit)
         if self.coming.pop(unit.index, None) is not None:
@@ -129,18 +127,20 @@ class Updates:
             if self.waiting:
                 first = next(iter(self.waiting.values()))
                 self.gradients.wait_for(first)
-                self._update(first)
+                self._update([first])
         for unit in list(self.updated.values()):
             self._renew(unit)
         for unit in list(self.coming.values()):
             self.bring(unit)
 
-    def _update(self, unit: Unit) -> None:
+    def _update(self, units: Sequence[Unit]) -> None:
+        """All whose gradients are there, at once: calls of an optimizer are not for nothing."""
         decided = self.decided
         assert decided is not None
-        del self.waiting[unit.index]
-        self._step(unit, decided)
-        self.updated[unit.index] = unit
+        for unit in units:
+            del self.waiting[unit.index]
+        self._step(units, decided)
+        self.updated |= {unit.index: unit for unit in units}
 
     def _renew_in_order(self) -> None:
         """What the next forward needs first goes first, where the way may be long; elsewhere as it comes."""
@@ -157,11 +157,12 @@ class Updates:
         del self.updated[unit.index]
         self._finish(unit, self.decided)
 
-    def _step(self, unit: Unit, decided: Decided) -> None:
+    def _step(self, units: Sequence[Unit], decided: Decided) -> None:
         assert decided.update is not None
-        self.gradients.hand_out(unit, decided.touched, apart=decided.apart)
-        if decided.touched:
-            decided.update(unit)
+        for unit in units:
+            self.gradients.hand_out(unit, decided.touched, apart=decided.apart)
+        if decided.touched and units:
+            decided.update(units)
 
     def _finish(self, unit: Unit, decided: Decided) -> None:
         self.renew(unit, decided)
