@@ -124,12 +124,6 @@ def truncate(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
 
 
-def twice_in_a_leaf() -> None:
-    bench = prepared().step()
-    bench.forward().backward()
-    bench.forward().backward()
-
-
 def in_mid_step(what: Callable[[Bench], object]) -> None:
     bench = prepared(leaves=2)
     bench.step()
@@ -243,7 +237,6 @@ PROGRAM: dict[str, Mistake] = {
         errors.OrderError,
         "came after backward|call job.weight before loss.backward()",
     ),
-    "backward twice": (twice_in_a_leaf, errors.PlanError, "|shoal.init(..., overlap=False)"),
 }
 
 CHECKPOINTS: dict[str, Mistake] = {
