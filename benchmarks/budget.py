@@ -2,8 +2,8 @@
 
     python benchmarks/budget.py [--quick] [--json FILE] [--plots DIR]
 
-Contenders are budgets: what a rank needs at most, plus a share of the units that are not in use. Each round visits
-all of them, in processes of their own, beginning with another one. See README.md beside this file.
+Contenders are budgets: what a rank needs at most, plus a share of the units that are not in use; every block is a unit.
+Each round visits all of them, in processes of their own, beginning with another one. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def contender(self) -> Contender:
-        return shoal("zero3", self.name, carrier="gloo", memory=self.memory)
+        return shoal("zero3", self.name, carrier="gloo", memory=self.memory, units=0)
 
 
 def bytes_of(model: Model) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def bytes_of(model: Model) -> tuple[int, int]:
     def rank_main(_rank: int) -> None:
         with init("zero3", run_dir="none") as job:
             prepared = model.make().to(job.device)
-            prepared, _ = job.prepare(prepared, torch.optim.AdamW(prepared.parameters()))
+            prepared, _ = job.prepare(prepared, torch.optim.AdamW(prepared.parameters()), units=0)
             entries = job.memory().entries
             found.append(sum(e.peak for e in entries if e.name not in (GATHERED, KEPT_UNITS, LENT)))
 

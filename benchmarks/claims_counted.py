@@ -39,7 +39,8 @@ def sent(name: str, world: int, leaves: int) -> int:
     def rank_main(_rank: int) -> None:
         with init(Strategy.named(name), leaves=leaves, run_dir="none") as job:
             model = square().to(job.device)
-            model, optimizer = job.prepare(model, torch.optim.AdamW(model.parameters()))
+            optimizer = torch.optim.AdamW(model.parameters())
+            model, optimizer = job.prepare(model, optimizer, units=0)  # blocks travel alone, as large ones do
             for _ in range(3):
                 one_step(job, model, optimizer)
                 told.append(sum(job.traffic.get(verb, 0) for verb in ("gather", "reduce", "agree")))
@@ -53,7 +54,7 @@ def at_rest(name: str, world: int, **settings: object) -> int:
 
     def rank_main(_rank: int) -> int:
         with init(Strategy.named(name), leaves=world, run_dir="none", device="cpu", **settings) as job:  # type: ignore[arg-type]
-            model, optimizer = job.prepare(*_trained(square()))
+            model, optimizer = job.prepare(*_trained(square()), units=0)
             for _ in range(2):
                 one_step(job, model, optimizer)
             return sum(job.memory()[kind] for kind in STATE)

@@ -162,24 +162,26 @@ def _deepspeed(stage: int) -> Callable[[Model], AbstractContextManager[Trained]]
 # ---------------------------------------------------------------- shoal
 
 
-def _shoal(strategy: str, settings: Settings) -> Callable[[Model], AbstractContextManager[Trained]]:
+def _shoal(
+    strategy: str, settings: Settings, units: int | None = None
+) -> Callable[[Model], AbstractContextManager[Trained]]:
     @contextmanager
     def opened(task: Model) -> Generator[Trained]:
         with init(strategy, device="cpu", seed=SEED, run_dir="none", **settings) as job:
             model = task.make()
-            model, optimizer = job.prepare(model, _adam(model))
+            model, optimizer = job.prepare(model, _adam(model), units=units)
             yield _usual(model, optimizer, lambda: sum(job.traffic.values()))
 
     return opened
 
 
-def shoal(strategy: str, words: str = "", **settings: object) -> Contender:
-    """A contender of shoal's own. `words` stand before its name; `settings` go to `shoal.init`."""
+def shoal(strategy: str, words: str = "", *, units: int | None = None, **settings: object) -> Contender:
+    """A contender of shoal's own. `words` stand before its name; `settings` go to `init`, `units` to `prepare`."""
     name = " ".join(filter(None, ("shoal", words, strategy)))
     if strategy == "hybrid":
-        opened = _shoal(strategy, settings | {"ranks_per_copy": 2})
+        opened = _shoal(strategy, settings | {"ranks_per_copy": 2}, units)
         return Contender(name=name, function=Function.ZERO3, open=opened, per_copy=2, fewest=4)
-    return Contender(name=name, function=Function(strategy), open=_shoal(strategy, settings))
+    return Contender(name=name, function=Function(strategy), open=_shoal(strategy, settings, units))
 
 
 ONE = "one process"
