@@ -2,8 +2,8 @@
 
     python benchmarks/budget.py [--quick] [--json FILE] [--plots DIR]
 
-Contenders are budgets: what a rank needs at most, plus a share of the units that are not in use. Each round visits
-all of them, in processes of their own, beginning with another one. See README.md beside this file.
+Contenders are budgets: what a rank needs at most, plus a share of the units that are not in use; every block is a unit.
+Each round visits all of them, in processes of their own, beginning with another one. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def contender(self) -> Contender:
-        return shoal("zero3", self.name, units=0, carrier="gloo", memory=self.memory)
+        return shoal("zero3", self.name, carrier="gloo", memory=self.memory, units=0)
 
 
 def bytes_of(model: Model) -> tuple[int, int]:

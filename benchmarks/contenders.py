@@ -162,7 +162,9 @@ def _deepspeed(stage: int) -> Callable[[Model], AbstractContextManager[Trained]]
 # ---------------------------------------------------------------- shoal
 
 
-def _shoal(strategy: str, settings: Settings, units: int | None = None) -> Callable[[Model], AbstractContextManager[Trained]]:
+def _shoal(
+    strategy: str, settings: Settings, units: int | None = None
+) -> Callable[[Model], AbstractContextManager[Trained]]:
     @contextmanager
     def opened(task: Model) -> Generator[Trained]:
         with init(strategy, device="cpu", seed=SEED, run_dir="none", **settings) as job:
@@ -174,10 +176,10 @@ def _shoal(strategy: str, settings: Settings, units: int | None = None) -> Calla
 
 
 def shoal(strategy: str, words: str = "", *, units: int | None = None, **settings: object) -> Contender:
-    """A contender of shoal's own. `words` stand before its name; `settings` go to `shoal.init`, `units` to prepare."""
+    """A contender of shoal's own. `words` stand before its name; `settings` go to `init`, `units` to `prepare`."""
     name = " ".join(filter(None, ("shoal", words, strategy)))
     if strategy == "hybrid":
-        opened = _shoal(strategy, settings | {"ranks_per_copy": 2})
+        opened = _shoal(strategy, settings | {"ranks_per_copy": 2}, units)
         return Contender(name=name, function=Function.ZERO3, open=opened, per_copy=2, fewest=4)
     return Contender(name=name, function=Function(strategy), open=_shoal(strategy, settings, units))
 

@@ -125,6 +125,7 @@ def answer(target: str, arguments: bytes, environment: dict[str, str], folder: s
 
 def call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call from the same state every time, with warnings as strict as pytest's own."""
+    importlib.import_module("shoal.engine.units").SIZE = 0  # as in pytest's own process: see conftest.py
     torch.set_num_threads(1)
     torch.manual_seed(0)
     numpy.random.seed(0)
