@@ -8,8 +8,8 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
+from shoal.comm import host
 from shoal.comm.group import Carrier
-from shoal.comm.host import identity
 from shoal.comm.meet import Meeting, Want
 from shoal.errors import PeerFailed, SettingError, nearest
 
@@ -69,7 +69,7 @@ def _check(found: Sequence[dict[str, object]]) -> None:
 def _place() -> bytes:
     """Equal for ranks on one host."""
     try:
-        return identity()
+        return host.identity()
     except OSError:  # no /proc
         return f"{platform.node()} {os.name}".encode()
 
