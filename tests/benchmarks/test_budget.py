@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 UNITS = {"memory": "byte", "step": "ms", "step_min": "ms", "step_max": "ms", "payload": "byte", "ratio": "no budget"}
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     file, plots = tmp_path / "budget.json", tmp_path / "plots"
     command = [

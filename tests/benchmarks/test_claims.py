@@ -41,6 +41,7 @@ def ran(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_page_has_the_exact_numbers(bench: dict[str, ModuleType], tmp_path: Path) -> None:
     """Of every claim but those about time, each of which is false."""
     file = tmp_path / "claims.json"

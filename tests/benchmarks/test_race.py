@@ -95,6 +95,7 @@ def test_no_time_no_leg(bench: dict[str, ModuleType], capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "loopback-2 trial: left out: -1 minutes are over\n"
 
 
+@pytest.mark.slow
 def test_a_failing_and_a_silent_contender_do_not_end_the_race() -> None:
     """One raises, one hangs, one dies, one is not installed; the last one runs."""
     script = """

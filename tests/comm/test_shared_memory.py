@@ -432,6 +432,7 @@ def hung_up(how: str) -> None:
             raise
 
 
+@pytest.mark.slow
 def test_news_of_another_host_travel_on_without_the_store(pool: Pool) -> None:
     *_, near, far = pool.start(hung_up, "far", world=4).results(20)
     for result in (near, far):

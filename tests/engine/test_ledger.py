@@ -88,6 +88,7 @@ def seen(
     return run(world, rank_main, common=common)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("leaves", [4, 8])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("common", [False, True], ids=["apart", "common"])

@@ -71,6 +71,7 @@ def test_what_explain_says() -> None:
 # -------------------------------------------------------------------- what may happen to them
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("size", [PAIRS, ALL])
 @pytest.mark.parametrize("case", ["layer drop, per leaf", "a block in some steps", "the first block later"])
@@ -131,6 +132,7 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], Leaf]] = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("size", [100, PAIRS, ALL])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -139,6 +141,7 @@ def test_shapes(shape: str, size: int, place: str) -> None:
     assert_same(train(place, make_model, leaf, units=size), plain(make_model, leaf))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("how", ["layerwise", "one layerwise", "a little room", "room"])
 @pytest.mark.parametrize("size", [100, PAIRS])
 @pytest.mark.parametrize("shape", SHAPES)

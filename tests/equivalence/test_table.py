@@ -23,7 +23,7 @@ def one_process(leaves: int, optimizer: str, precision: str) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, precision=precision, make_optimizer=OPTIMIZERS[optimizer])
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("optimizer", "common"), [("sgd", False), ("adamw", False), ("adamw", True)])
 @pytest.mark.parametrize("leaves", [4, 12])
@@ -56,7 +56,7 @@ def test_cuts_and_overlap_change_nothing(name: str, cut: Cut, overlap: bool) -> 
     assert on_threads(3, strategy, leaves=4, overlap=overlap) == one_process(4, "adamw", "float32")
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize(("leaves", "clip"), [(3, None), (4, 0.5), (6, None)])
 @pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (2, 3, 4)])
@@ -89,7 +89,7 @@ def test_budgets_change_nothing(
     assert got == one_process(leaves, "adamw", "float32")
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("leaves", "precision", "common"), [(4, "float32", False), (6, "bfloat16", True)])
 @pytest.mark.parametrize(("name", "world", "ranks_per_copy"), [g for g in GRID if g[1] in (1, 2, 3, 4)])
 def test_layerwise_updates_change_nothing(

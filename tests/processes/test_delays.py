@@ -74,7 +74,7 @@ def check(what: Run, pool: Pool) -> None:
     assert results == [one_process(what.leaves, what.clip, what.precision)] + [None] * (what.world - 1)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("world", "leaves"), [(2, 5), (3, 2)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("carrier", ["gloo", "shared", "staged", "nccl"])

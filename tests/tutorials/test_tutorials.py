@@ -72,6 +72,7 @@ def test_a_rank_that_is_hard_coded(pool: Pool) -> None:
     assert "is a rank written into the script?" in str(results[1].exception)
 
 
+@pytest.mark.slow
 def test_with_a_launcher(tmp_path: Path) -> None:
     """As a user starts it; connections are closed at the interpreter's end."""
     command = [
