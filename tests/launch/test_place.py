@@ -68,6 +68,12 @@ def test_a_rank_that_is_written_into_the_script() -> None:
     assert find_place(told | {"RANK": "2"})
 
 
+def test_mpirun_numbers_the_ranks_of_a_host_as_it_likes() -> None:
+    place = find_place(MPIRUN | {"OMPI_COMM_WORLD_LOCAL_RANK": "3"})
+    assert place is not None
+    assert (place.rank, place.local_rank) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [

@@ -68,7 +68,8 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     ):
         if wrong:
             raise _contradiction(words[name], words[other], told.remedy)
-    if place.local_world == place.world and place.local_rank != place.rank:
+    by_hand = words["RANK"].variable == "RANK"  # mpirun and Slurm number the ranks of a host as they like
+    if by_hand and place.local_world == place.world and place.local_rank != place.rank:
         raise _contradiction(
             words["RANK"], words["LOCAL_RANK"], "leave RANK to the launcher: shoal run, or torchrun",
             cause=f"all {place.world} ranks are on this host; is a rank written into the script?",
