@@ -478,7 +478,7 @@ class Job(Verbs):
             binding = what.binding
         else:
             binding = self._find(what) if isinstance(what, nn.Module) else self._find_optimizer(what)
-        self._between_steps("job.state_dict")
+        self._state_between_steps("job.state_dict")
         self._meeting.meet(Want.STATE, 0, model=binding.engine.number)
         self._carrier.hold("job.state_dict")
         try:
@@ -508,7 +508,7 @@ class Job(Verbs):
         bindings = self._all_bound()
         if keep is not None:
             check_keep(keep)
-        self._between_steps("job.save")
+        self._state_between_steps("job.save")
         self._meeting.meet(Want.SAVE, self.step)
         self._carrier.hold("job.save")
         try:
@@ -676,13 +676,16 @@ class Job(Verbs):
             )
         return found
 
-    def _between_steps(self, what: str) -> None:
+    def _state_between_steps(self, what: str) -> None:
         if self.strategy.tensor > 1:
             raise OrderError(
-                f"{what} with tensor={self.strategy.tensor}: it would write boxes of DTensors as if they were all",
+                f"{what} with tensor={self.strategy.tensor}: it would take boxes of DTensors as if they were all",
                 remedy="p.full_tensor() for every parameter of the model, or torch.distributed.checkpoint",
             )
-        engines = [b.engine for b in self._all_bound()]
+        self._between_steps(what)
+
+    def _between_steps(self, what: str) -> None:
+        engines = [b.engine for b in self._bindings.values()]
         for engine in engines:
             engine.updates.flush()
         if any(e.leaf is not None or e.turn or e.settled or e.resting for e in engines):

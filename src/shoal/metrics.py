@@ -7,6 +7,7 @@ world size. Metrics with `update`, `compute` and `reset`, such as torchmetrics',
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
@@ -145,7 +146,7 @@ class Accuracy(_Sums):
 AVERAGES = ("auto", "binary", "macro", "micro", "none")
 
 
-class _ByClass(_Sums):
+class _ByClass(_Sums, ABC):
     """Per class: how often it was rightly predicted, was predicted, and was wanted.
 
     Args:
@@ -164,9 +165,9 @@ class _ByClass(_Sums):
         right = said.wanted[said.predicted == said.wanted]
         return tuple(torch.bincount(t, minlength=said.classes) for t in (right, said.predicted, said.wanted))
 
+    @abstractmethod
     def score(self, right: Tensor, predicted: Tensor, wanted: Tensor) -> Tensor:
         """Per class, in float64."""
-        raise NotImplementedError
 
     def result(self, state: State) -> float | list[float]:
         average = self.average

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ T = TypeVar("T")
 V = TypeVar("V", bound=Tensor | Number)
 
 
-class Verbs:
+class Verbs(ABC):
     """Words between ranks, evaluation, and what is told to people.
 
     Attributes:
@@ -178,6 +179,7 @@ class Verbs:
             SettingError: an unknown metric, or outputs that do not fit it.
             DivergedError: ranks measure different things, or read unequally many batches.
         """
+        self._between_steps("job.evaluate")
         return evaluate(model, loader, metrics, predict, self._feed, self._together.meeting, self.device)
 
     # ---------------------------------------------------------------- telling
@@ -278,14 +280,20 @@ class Verbs:
             ResumeError: other names or shapes; nothing has been changed then.
         """
         binding = self._find(model)
-        self._between_steps("job.load_pretrained")
+        self._state_between_steps("job.load_pretrained")
         self._together.meeting.meet(Want.PRETRAINED, model=binding.engine.number)
         with self._together.leased("job.load_pretrained"):
             share = partial(self._together.world.share_any, "file")
             return load_pretrained(binding, Path(path), share, strict=strict, trust=trust, rename=rename)
 
+    @abstractmethod
     def _find(self, model: nn.Module | None) -> Binding:
-        raise NotImplementedError
+        """The binding of a prepared model; None: of the only one."""
 
+    @abstractmethod
     def _between_steps(self, what: str) -> None:
-        raise NotImplementedError
+        """Raises `OrderError` in the middle of a step."""
+
+    @abstractmethod
+    def _state_between_steps(self, what: str) -> None:
+        """The same, for what reads or writes state: it needs whole parameters."""
