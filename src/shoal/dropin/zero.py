@@ -277,11 +277,8 @@ class ZeRO(ZeroRedundancyOptimizer):
     def _over(self, call: int) -> None:
         self._calls.discard(call)
         params = self._averager.params
-        bits = sum(1 << i for i, p in enumerate(params) if p.grad is not None)
-        everyone = 0
-        for data in self._group.share("touched", bits.to_bytes(len(params) // 8 + 1, "little")):
-            everyone |= int.from_bytes(data, "little")
-        touched = [bool(everyone >> i & 1) for i in range(len(params))]
+        bits = self._averager.touched().to_bytes(len(params) // 8 + 1, "little")
+        touched = [int.from_bytes(told, "little") for told in self._group.share("touched", bits)]
         self._averager.average(touched, [True] * self._group.size, self._group.size)
         for p in params:
             if self._owner[p] != self._group.rank:
