@@ -112,6 +112,11 @@ class Base:
 
     # ---------------------------------------------------------------- models
 
+    def _bind(self, binding: Binding, instead_of: Binding | None = None) -> None:
+        """Feed a model, and know when it steps."""
+        binding.on_step, binding.engine.on_open = self._steps, self._feed.leaf_opens
+        self._feed.bind(binding.engine, None if instead_of is None else instead_of.engine)
+
     def _steps(self, binding: Binding) -> None:
         self._latest = binding
 

@@ -195,8 +195,8 @@ class Job(Saving, Looping, Verbs):
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)
         ours(*optimizers)
-        self._wanted[name], binding.on_step = wanted, self._steps
-        self._feed.bind(binding.engine)
+        self._wanted[name] = wanted
+        self._bind(binding)
         self._budget.check()
         results: list[object] = [model, optimizer]
         for other in others:

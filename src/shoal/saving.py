@@ -116,8 +116,7 @@ class Saving(Base):
             old.undo()
             wanted = self._wanted[name] = replace(wanted, strategy=replace(wanted.strategy, **change))
             binding = self._bindings[name] = setup.build(old.model, old.optimizers, wanted)
-            binding.on_step = self._steps
-            self._feed.bind(binding.engine, instead_of=old.engine)
+            self._bind(binding, instead_of=old)
             for scheduler in old.schedulers:
                 binding.add_scheduler(scheduler)
         return self._all_bound()
