@@ -26,7 +26,8 @@ from shoal.data.stream import StreamLoader
 from shoal.engine.precision import each_tensor
 from shoal.errors import BatchError, DivergedError, SettingError
 from shoal.leaves import Node, Tree
-from shoal.metrics import Metric, State, metric_of, samples_of
+from shoal.metrics import Metric, State, metric_of
+from shoal.predictions import samples_of
 from shoal.random import everything, mix
 
 Predict = Callable[[nn.Module, object], tuple[object, object]]
