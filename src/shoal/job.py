@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from shoal import __version__
 from shoal.comm.group import Carrier, current, latest
 from shoal.comm.meet import Want
 from shoal.data.loader import Loader
@@ -178,7 +179,7 @@ class Job(Saving, Looping, Verbs):
         if self._trace is not None:
             self._trace.widen(model)
         facts = {
-            "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
+            "shoal": __version__, "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
             "pending": self.resolved.settings.pending, "layerwise": self.resolved.settings.layerwise,
             "memory": "none" if self._budget.limit is None else "a budget",
@@ -290,9 +291,3 @@ class Job(Saving, Looping, Verbs):
             self._carrier.fail(f"{type(error).__name__}: {error}")
             self._restore_hook()
             self._end()
-
-
-def _version() -> str:
-    from shoal import __version__
-
-    return __version__

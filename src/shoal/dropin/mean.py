@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from shoal.engine.exchange import agree
 from shoal.engine.sums import Sum, even_bounds
 from shoal.leaves import Node, Weighed
 
+T = TypeVar("T", bound=Tensor)
 CAP = 25.0
 """MiB of a bucket, as torch's."""
 
@@ -224,19 +226,25 @@ def spread(group: Group, flat: Tensor, owner: int) -> None:
     group.gather("broadcast", flat, bounds).wait()
 
 
-def spread_all(group: Group, tensors: Sequence[Tensor], owner: int) -> None:
-    """The same for tensors of any shapes, those of one dtype and device side by side."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+def alike(tensors: Iterable[T]) -> list[list[T]]:
+    """Those of one dtype and device, which can lie side by side."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[T]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    with torch.no_grad():
-        for (dtype, device), alike in kinds.items():
-            flat = torch.empty(sum(t.numel() for t in alike), dtype=dtype, device=device)
-            views = torch.split(flat, [t.numel() for t in alike])
-            if group.rank == owner:
-                for view, tensor in zip(views, alike, strict=True):
-                    view.copy_(tensor.detach().reshape(-1))
-            spread(group, flat, owner)
-            if group.rank != owner:
-                for view, tensor in zip(views, alike, strict=True):
-                    tensor.detach().copy_(view.view(tensor.shape))
+    return list(kinds.values())
+
+
+@torch.no_grad()
+def spread_all(group: Group, tensors: Iterable[Tensor], owner: int) -> None:
+    """The same for tensors of any shapes."""
+    for kind in alike(tensors):
+        sizes = [t.numel() for t in kind]
+        flat = torch.empty(sum(sizes), dtype=kind[0].dtype, device=kind[0].device)
+        views = torch.split(flat, sizes)
+        if group.rank == owner:
+            for view, tensor in zip(views, kind, strict=True):
+                view.copy_(tensor.detach().reshape(-1))
+        spread(group, flat, owner)
+        if group.rank != owner:
+            for view, tensor in zip(views, kind, strict=True):
+                tensor.detach().copy_(view.view(tensor.shape))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shoal.dropin.mean import CAP, Averager, spread_all
+from shoal.dropin.mean import CAP, Averager, alike, spread_all
 from shoal.dropin.states import collect
 from shoal.dropin.strays import digest, ours
 from shoal.dropin.world import world
@@ -130,13 +130,10 @@ class ZeroRedundancyOptimizer(Optimizer):
 
     @torch.no_grad()
     def _send(self) -> None:
-        kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-        for p in self._all:
-            kinds.setdefault((p.dtype, p.device), []).append(p)
-        for (dtype, device), alike in kinds.items():
-            parts = [[p for p in alike if self._owner[p] == rank] for rank in range(self._group.size)]
+        for kind in alike(self._all):
+            parts = [[p for p in kind if self._owner[p] == rank] for rank in range(self._group.size)]
             sizes = [sum(p.numel() for p in part) for part in parts]
-            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            flat = torch.empty(sum(sizes), dtype=kind[0].dtype, device=kind[0].device)
             bounds = [sum(sizes[:r]) for r in range(len(sizes) + 1)]
             ordered = [p for part in parts for p in part]
             views = torch.split(flat, [p.numel() for p in ordered])
