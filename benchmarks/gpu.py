@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ from pathlib import Path
 
 import torch
 from models import Sizes, gpt
+from ranks import told_by_rank_0
 from torch import nn
 
 import shoal
@@ -138,32 +136,8 @@ def _settled(device: torch.device) -> None:
 
 def visit(case: Case, device: str) -> Found:
     """Run a case in fresh processes; what rank 0 found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(case.ranks):
-            place = {
-                "RANK": str(rank), "WORLD_SIZE": str(case.ranks), "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
-            told = json.dumps(asdict(case))
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, "--device", device, "--case", told],
-                    env=os.environ | (place if case.ranks > 1 else {}),
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        said = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"{case.table}, {case.name}: a rank failed; see above")
-    return Found(**json.loads(said[0].splitlines()[-1]))
+    command = [__file__, "--device", device, "--case", json.dumps(asdict(case))]
+    return Found(**told_by_rank_0(command, case.ranks, PATIENCE, f"{case.table}, {case.name}"))
 
 
 # ---------------------------------------------------------------- what is shown

@@ -17,7 +17,7 @@ from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from statistics import median
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import measure
 import torch
@@ -144,7 +144,7 @@ def _shoal(work: Work, plan: Plan, _place: Seat, steps: int, hashed: bool) -> To
         model, optimizer = job.prepare(*made(work, plan))
         each, seconds = work.samples // plan.parts, list[float]()
         start = time.perf_counter()
-        numbers = Numbers(plan.parts * (WARM_UP + steps))
+        numbers = cast("Dataset[int]", range(plan.parts * (WARM_UP + steps)))
         for number in job.loader(numbers, global_batch=plan.parts, shuffle=False):
             step, part = divmod(int(number), plan.parts)
             inputs, targets = work.draw(step, part * each, each)
@@ -160,19 +160,6 @@ def _shoal(work: Work, plan: Plan, _place: Seat, steps: int, hashed: bool) -> To
                 for parameter in model.parameters():
                     bits.update(parameter.detach().numpy().tobytes())
         return Told(seconds=seconds[WARM_UP:], bits=bits.hexdigest())
-
-
-class Numbers(Dataset[int]):
-    """0 to count - 1: which micro-batch a leaf is."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> int:
-        return index
 
 
 def _rank_main(job: Job, place: Seat, host: Host, log: int, answer: Connection) -> None:

@@ -14,11 +14,8 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import os
 import pstats
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from ranks import told_by_rank_0
 from torch import nn
 
 import shoal
@@ -149,26 +147,8 @@ def show_profile(step: Callable[[], Took], case: Case) -> None:
 
 def visit(case: Case, profile: bool) -> Found:
     """Run a case in fresh processes; what rank 0 found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks: list[subprocess.Popen[str]] = []
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), *(["--profile"] if profile else [])]
-    try:
-        for rank in range(case.ranks):
-            place = {
-                "RANK": str(rank), "WORLD_SIZE": str(case.ranks), "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
-            env = os.environ | (place if case.ranks > 1 else {})
-            ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-        said = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"{case}: a rank failed; see above")
-    return Found(**json.loads(said[0].splitlines()[-1]))
+    command = [__file__, "--case", json.dumps(asdict(case)), *(["--profile"] if profile else [])]
+    return Found(**told_by_rank_0(command, case.ranks, PATIENCE, str(case)))
 
 
 def cases(asked: argparse.Namespace) -> Iterator[Case]:

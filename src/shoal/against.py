@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shoal.errors import OrderError
-from shoal.launch.run import Outcome, launch
+from shoal.launch.run import Outcome
 from shoal.trace import By, Trace, Traced
-from shoal.verify import Report, compare
+from shoal.verify import Report, compare, facts_of, run_traced
 
 LIMIT = 1e-9
 """How far numbers may be apart in float64, where sums are taken in another order."""
@@ -81,13 +79,9 @@ def verify_plain(
         double = runs.go("shoal in float64", workers, {"strategy": strategy}, double=True)
         if isinstance(double, Outcome):
             return double
-        facts = double.facts()
-        if facts is None:
-            raise OrderError(
-                f"{argv[0]} took no step that acts: there is nothing to compare",
-                remedy="a script that trains: shoal.init, job.prepare, optimizer.step()",
-            )
-        return runs.compared(double, facts, f"{workers} worker{'s' if workers > 1 else ''} under {strategy}")
+        return runs.compared(
+            double, facts_of(double, argv[0]), f"{workers} worker{'s' if workers > 1 else ''} under {strategy}"
+        )
 
 
 class _Runs:
@@ -101,10 +95,7 @@ class _Runs:
     ) -> Trace | Outcome:
         """Run it. Returns what it left, or how it failed."""
         trace = Trace(self.directory / name, self.steps, by, double=double)
-        trace.path.mkdir()
-        environ = {**os.environ, **trace.variable()}
-        ended = launch(self.argv, workers=workers, flags=flags, run_dir="none", environ=environ, keep_stdout=True)
-        return ended if ended.exit_code else trace
+        return run_traced(self.argv, trace, workers, flags) or trace
 
     def compared(self, double: Trace, facts: Traced, under: str) -> list[Part] | Outcome:
         """The other runs, and what they show."""

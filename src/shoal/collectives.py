@@ -16,7 +16,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Pending
+from shoal.comm.group import Done, Pending
 from shoal.comm.meet import Meeting, Want
 from shoal.errors import DivergedError, SettingError, nearest
 from shoal.leaves import Tree
@@ -138,7 +138,7 @@ class Collectives:
             data = _json("job.gather", value)
             agree(self.meeting, Want.GATHER_VALUES, f"job.gather({_words(value)})")
             found = [json.loads(d) for d in self.world.share_any("collective", data)]
-            return self._begin(Handle(self, _Here(), lambda: None, lambda: cast("list[object]", found)))
+            return self._begin(Handle(self, Done(), lambda: None, lambda: cast("list[object]", found)))
         agree(self.meeting, Want.GATHER_VALUES, f"job.gather({_words(value)})")
         told = self.world.share_any("collective", json.dumps(list(value.shape)).encode())
         flat = value.detach().reshape(-1).clone()
@@ -163,7 +163,7 @@ class Collectives:
         _check_broadcast([f["head"] for f in facts], root)
         fact = facts[root]
         if "shape" not in fact:
-            return self._begin(Handle(self, _Here(), lambda: None, lambda: cast(object, fact["value"])))
+            return self._begin(Handle(self, Done(), lambda: None, lambda: cast(object, fact["value"])))
         device = value.device if isinstance(value, Tensor) else self.device
         made = torch.empty(fact["shape"], dtype=getattr(torch, fact["dtype"]), device=device)
         if self.world.rank == root:
@@ -208,19 +208,6 @@ class Collectives:
     def _key(self) -> str:
         self._calls += 1
         return f"call {self._calls}"
-
-
-class _Here:
-    """Nothing to wait for."""
-
-    def ready(self) -> bool:
-        return True
-
-    def wait(self) -> Sequence[Sequence[Tensor]]:
-        return ()
-
-    def release(self) -> None:
-        return
 
 
 class _Total:

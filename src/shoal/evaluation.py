@@ -23,11 +23,11 @@ from shoal.comm.meet import Meeting, Want
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, SeededBatch, remake, steps_of_loader
 from shoal.data.stream import StreamLoader
-from shoal.engine.engine import Engine
 from shoal.engine.precision import each_tensor
-from shoal.errors import BatchError, DivergedError, OrderError, SettingError
+from shoal.errors import BatchError, DivergedError, SettingError
 from shoal.leaves import Node, Tree
-from shoal.metrics import Metric, State, metric_of, samples_of
+from shoal.metrics import Metric, State, metric_of
+from shoal.predictions import samples_of
 from shoal.random import everything, mix
 
 Predict = Callable[[nn.Module, object], tuple[object, object]]
@@ -79,7 +79,6 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """See `Job.evaluate`."""
     measured = _Measured(metrics)
-    _between_steps(feed.engines)
     dealt = _deal(loader, feed)
     count = "uncounted" if dealt.known is None else str(dealt.known)
     names = ", ".join(n for n in measured.metrics if n)
@@ -257,13 +256,6 @@ def _evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _between_steps(engines: Sequence[Engine]) -> None:
-    for engine in engines:
-        engine.updates.flush()
-    if any(e.leaf is not None or e.turn or e.settled or e.resting for e in engines):
-        raise OrderError("job.evaluate in the middle of a step", remedy="call it when job.stepped is True")
 
 
 def _moved(batch: object, device: torch.device) -> object:

@@ -1,52 +1,37 @@
-"""The public object: one training job on this rank."""
+"""The public object: one training job on this rank. More of what it offers is in `loop`, `saving` and `verbs`."""
 
 from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
-from shoal import export, resume
-from shoal.average import Average
-from shoal.checkpoint import check_keep, keep_newest
-from shoal.collectives import Collectives
+from shoal import __version__
 from shoal.comm.group import Carrier, current, latest
-from shoal.comm.meet import Meeting, Want
-from shoal.comm.mesh import Mesh
-from shoal.comm.meter import Meter
-from shoal.data.feed import LeafFeed
-from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
-from shoal.data.micro import check_count, end_leaf, micro_steps
-from shoal.data.stream import StreamLoader
+from shoal.comm.meet import Want
+from shoal.data.loader import Loader
 from shoal.dropin.strays import Strays, ours
-from shoal.engine import habits, holding, setup, units
-from shoal.engine.binding import Binding
-from shoal.engine.budget import Budget
+from shoal.engine import holding, setup, units
 from shoal.engine.fill import Fill
 from shoal.engine.ledger import Memory
 from shoal.errors import OrderError
-from shoal.launch.rundir import RunDir, open_run_dir
-from shoal.logs import say, warn
+from shoal.loop import Looping
 from shoal.plain import PlainJob
 from shoal.random import seed as set_seed
 from shoal.rules import rules
+from shoal.saving import Saving
 from shoal.settings import Resolved, check_together
 from shoal.start import Seat, find_carrier, settle_settings, strategy_of, tell_of_failure
 from shoal.strategy import Strategy
-from shoal.trace import By, Trace, Traced
-from shoal.tracked import Tracked
-from shoal.tracking import Tracking
+from shoal.trace import By, Trace
 from shoal.verbs import Verbs
 
 M = TypeVar("M", bound=nn.Module)
@@ -129,108 +114,24 @@ def init(
         raise
 
 
-class Job(Verbs):
+class Job(Saving, Looping, Verbs):
     """One training job, seen from one rank. Made by `shoal.init`; a context manager that closes itself."""
 
-    device: torch.device
-    """Where this rank's model and batches belong."""
-
     def __init__(self, strategy: Strategy, carrier: Carrier, resolved: Resolved, place: Seat) -> None:
-        s = resolved.settings
-        self.resolved = resolved
-        self._carrier = carrier
-        copy = strategy.ranks_per_copy if isinstance(strategy.ranks_per_copy, int) else 1
-        self._mesh = Mesh.of(carrier, copy, strategy.tensor)
-        self._meeting = Meeting(self._mesh.world)
-        self._meeting.make_room(32)
-        self._bindings: dict[str, Binding] = {}
-        self._budget = Budget(s.memory, self._bindings, pending=s.pending, world=self._mesh.world, say=self._say)
-        self._wanted: dict[str, setup.Wanted] = {}
-        self._latest: Binding | None = None
-        self._loaders: list[Loader[object]] = []
-        self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
+        super().__init__(strategy, carrier, resolved, place)
         self._closed = False
-        self._resumed: Path | None = None
         self._strays = Strays(self._mesh.world)
-        latest.set(carrier)
-        self._trace = Trace.asked(os.environ if place.own_process else {})
         self._feed.after_step = self._take_trace
-        self.device = torch.device(s.device or _default_device(carrier))
-        self._together = Collectives(self._meeting, self.device)
-        self.threads = s.threads
+        latest.set(carrier)
         self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(s.threads)
-        self.run_dir: RunDir | None = open_run_dir(resolved) if carrier.rank == 0 and place.own_process else None
+        torch.set_num_threads(self.threads)
         self._restore_hook = tell_of_failure(carrier) if place.own_process else lambda: None
         if place.own_process:
             atexit.register(self.close)
-        self._tracked = Tracked(self._say)
-        self._tracking = Tracking(self.event, resolved.settings.model_dump())
         set_seed(self.seed, 0)
         self.event("init", world=carrier.size, strategy=strategy.name)
 
-    # ---------------------------------------------------------------- place
-
-    @property
-    def rank(self) -> int:
-        """This worker's number, from 0."""
-        return self._mesh.world.rank
-
-    @property
-    def world_size(self) -> int:
-        """The number of workers."""
-        return self._mesh.world.size
-
-    @property
-    def leaves(self) -> int:
-        """Leaves of one step."""
-        return self._feed.leaves
-
-    @property
-    def strategy(self) -> Strategy:
-        """The strategy with nothing left open."""
-        return self._feed.strategy
-
-    @property
-    def seed(self) -> int:
-        """The job's seed."""
-        return self._feed.seed
-
-    @property
-    def step(self) -> int:
-        """Steps that have acted, those before a resumed checkpoint included."""
-        return self._feed.step
-
-    @property
-    def stepped(self) -> bool:
-        """Did the latest `optimizer.step()` act? It acts on a step's last leaf."""
-        self._all_bound()
-        return self._latest is not None and self._latest.stepped
-
-    @property
-    def traffic(self) -> dict[str, int]:
-        """Bytes that this rank has sent so far, by verb: gather, reduce, agree, meet, ..."""
-        return dict(self._carrier.sent)
-
-    @property
-    def crossed(self) -> dict[str, int]:
-        """What of `traffic` has gone to other hosts, where their ranks share memory; fast numerics are left out."""
-        return dict(self._carrier.levels.crossed)
-
-    def memory(self) -> Memory:
-        """Every buffer of this rank: bytes now, and as predicted at rest and at most.
-
-        A mapping from kind ("parameters", "masters", "gradients", "optimizer", "staging", "other") to bytes in use now;
-        a table when printed. `entries` has the single buffers, `measured` what the system says of this process.
-        """
-        return holding.memory(self._all_bound(), self._mesh.world)
-
-    def explain(self) -> str:
-        """What happens to a unit's parameters and gradients, and when; and which units were chosen, and why."""
-        tables = [units.explain(binding.engine.units) for binding in self._all_bound()]
-        return "\n\n".join([self.strategy.explain(), *tables])
-
-    # ---------------------------------------------------------------- model and data
+    # ---------------------------------------------------------------- models
 
     @overload
     def prepare(self, model: M, optimizer: O, /, *, units: Sequence[str] | int | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O]: ...  # fmt: skip  # noqa: E501
@@ -278,7 +179,7 @@ class Job(Verbs):
         if self._trace is not None:
             self._trace.widen(model)
         facts = {
-            "shoal": _version(), "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
+            "shoal": __version__, "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
             "pending": self.resolved.settings.pending, "layerwise": self.resolved.settings.layerwise,
             "memory": "none" if self._budget.limit is None else "a budget",
@@ -295,8 +196,8 @@ class Job(Verbs):
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)
         ours(*optimizers)
-        self._wanted[name], binding.on_step = wanted, self._steps
-        self._feed.bind(binding.engine)
+        self._wanted[name] = wanted
+        self._bind(binding)
         self._budget.check()
         results: list[object] = [model, optimizer]
         for other in others:
@@ -320,266 +221,30 @@ class Job(Verbs):
         if self._bindings and any(b.engine.turns_done for b in self._bindings.values()):
             raise OrderError("job.prepare after training has begun", remedy="prepare all models first")
 
-    def _steps(self, binding: Binding) -> None:
-        self._latest = binding
+    # ---------------------------------------------------------------- looking at it
 
-    def loader(
-        self, dataset: Dataset[T], *, global_batch: int, shuffle: bool = True, drop_last: bool = False,
-        workers: int = 0, collate_fn: Callable[[list[T]], object] | None = None,
-    ) -> Loader[T]:  # fmt: skip
-        """A loader that hands out the same leaves whatever the world size.
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank has sent so far, by verb: gather, reduce, agree, meet, ..."""
+        return dict(self._carrier.sent)
 
-        Args:
-            dataset: map-style.
-            global_batch: samples of one step; a multiple of the leaves.
-            shuffle: a new order every epoch, from the job's seed.
-            drop_last: leave out a last step that is not full.
-            workers: processes that prepare batches; they change no numbers.
-            collate_fn: makes a batch of samples; None: torch's.
+    @property
+    def crossed(self) -> dict[str, int]:
+        """What of `traffic` has gone to other hosts, where their ranks share memory; fast numerics are left out."""
+        return dict(self._carrier.levels.crossed)
 
-        Raises:
-            BatchError: the leaves do not divide the global batch.
+    def memory(self) -> Memory:
+        """Every buffer of this rank: bytes now, and as predicted at rest and at most.
+
+        A mapping from kind ("parameters", "masters", "gradients", "optimizer", "staging", "other") to bytes in use now;
+        a table when printed. `entries` has the single buffers, `measured` what the system says of this process.
         """
-        check_batch(global_batch, self.leaves)
-        steps = steps_of_dataset(
-            cast(Dataset[object], dataset), self.seed, global_batch, shuffle=shuffle, drop_last=drop_last
-        )
-        source = DataLoader(dataset, num_workers=workers, collate_fn=collate_fn)
-        loader = Loader(self._feed, source, steps)
-        return self._keep(loader)
+        return holding.memory(self._all_bound(), self._mesh.world)
 
-    def _wrap(self, source: DataLoader[object]) -> Loader[object]:
-        if isinstance(source.dataset, IterableDataset):
-            return self._keep(StreamLoader(self._feed, source, self._meeting))
-        return self._keep(Loader(self._feed, source, steps_of_loader(source, self.seed, self._say)))
-
-    def _keep(self, loader: Loader[T]) -> Loader[T]:
-        self._loaders.append(cast(Loader[object], loader))
-        if self._trace is not None:
-            loader.made = self._trace.widened
-        return loader
-
-    # ---------------------------------------------------------------- in the loop
-
-    def weight(self, samples: float, *, full: float) -> None:
-        """Say how much this leaf weighs; call it before `backward`. Loaders do it by the number of samples.
-
-        Args:
-            samples: of this leaf (or tokens, or whatever the loss is a mean of).
-            full: of a full leaf, which weighs exactly 1.
-        """
-        if full <= 0 or samples < 0:
-            raise OrderError(f"job.weight({samples:g}, full={full:g})", remedy="samples >= 0 and full > 0")
-        self._all_bound()
-        self._feed.weigh(samples / full)
-
-    def micro_steps(self, count: int) -> Iterator[int]:
-        """This rank's part of a step's micro-steps, for loops that accumulate gradients by themselves.
-
-        Use it instead of `range(count)` around forward and backward; one `optimizer.step()` follows. As in that loop
-        gradients add up, so divide each loss by `count`. Every leaf is `count / leaves` neighbouring micro-steps, and
-        the global generators are set from (seed, step, micro-step): batches that the loop draws differ.
-
-        Args:
-            count: of one step, over all ranks; a multiple of the leaves.
-
-        Returns:
-            The numbers of this rank's micro-steps.
-
-        Raises:
-            BatchError: the leaves do not divide the count.
-        """
-        optimizers = [o for b in self._all_bound() for o in b.optimizers]
-        check_count(count, self.leaves)
-        return micro_steps(self._feed, count, lambda: end_leaf(optimizers))
-
-    def clip_grad_norm(self, max_norm: float, *, model: nn.Module | None = None) -> float | None:
-        """Scale the step's gradients so that their global 2-norm is at most `max_norm`.
-
-        Args:
-            max_norm: the largest norm afterwards.
-            model: whose gradients; None: the only one's.
-
-        Returns:
-            The norm before clipping, with the same bits on all ranks and under all strategies; None on a leaf that is
-            not the step's last, where nothing happens.
-        """
-        return self._find(model).clip_grad_norm(max_norm)
-
-    def clip_grad_value(self, limit: float, *, model: nn.Module | None = None) -> bool | None:
-        """Clamp every element of the step's gradients to -limit..limit, as torch's `clip_grad_value_` does.
-
-        Args:
-            limit: the largest magnitude afterwards, at least 0.
-            model: whose gradients; None: the only one's.
-
-        Returns:
-            True on a step's last leaf; None on the others, where nothing happens.
-        """
-        return habits.clip_values(self._find(model), limit)
-
-    def gradients(self, model: nn.Module | None = None) -> AbstractContextManager[bool]:
-        """Inside, every `p.grad` is the step's gradient, whole, to read. Between backward and step. Collective.
-
-        The context gives True on a step's last leaf, and False on the others, where gradients are not known yet.
-        What is written to them is dropped. Memory: one whole gradient.
-
-        Args:
-            model: whose; None: the only one's.
-        """
-        return habits.whole_gradients(self._find(model))
-
-    def loss_scale(self, model: nn.Module | None = None) -> float:
-        """What float16 losses are multiplied with for backward; 1 in other precisions."""
-        scale = self._find(model).engine.scale
-        return 1.0 if scale is None else scale.scale
-
-    def mean(self, value: float | Tensor) -> float | None:
-        """Average a number over the leaves of this step, by their weights. Call it after `optimizer.step()`.
-
-        Args:
-            value: of this leaf; a leaf that was handed out again only to keep ranks together is ignored.
-
-        Returns:
-            The mean on the step's last leaf of this rank, None on the others.
-        """
-        return self._feed.mean(value)
-
-    def whole(self, model: nn.Module, *, write: bool = False) -> AbstractContextManager[None]:
-        """Inside, every rank holds all parameters and may run alone (evaluation, generation). Collective.
-
-        Args:
-            model: the prepared one.
-            write: cut changes back into shards afterwards; all ranks must make the same ones.
-        """
-        return self._find(model).whole(write=write)
-
-    def ema(self, model: nn.Module, decay: float) -> Average:
-        """Keep an exponential moving average of a model's weights, on shards, from now on.
-
-        It is saved and loaded with the job; call it before `job.load`.
-
-        Args:
-            model: the prepared one.
-            decay: of the old average at each update.
-
-        Returns:
-            An average: `with average.whole(): ...` evaluates with it, `job.state_dict(average)` is its state dict.
-        """
-        return Average(self._find(model), decay)
-
-    def state_dict(self, what: nn.Module | Optimizer | Average) -> dict[str, object]:
-        """The whole state dict of a prepared model or optimizer, or of an average. Collective.
-
-        Returns:
-            On rank 0 what torch's `state_dict()` would give in one process, on the CPU; elsewhere nothing.
-        """
-        if isinstance(what, Average):
-            binding = what.binding
-        else:
-            binding = self._find(what) if isinstance(what, nn.Module) else self._find_optimizer(what)
-        self._between_steps("job.state_dict")
-        self._meeting.meet(Want.STATE, 0, model=binding.engine.number)
-        self._carrier.hold("job.state_dict")
-        try:
-            if isinstance(what, nn.Module):
-                return cast(dict[str, object], export.model_state(binding))
-            if isinstance(what, Average):
-                return cast(dict[str, object], export.model_state(binding, what.pieces))
-            return export.optimizer_state(binding, what)
-        finally:
-            self._carrier.hold("")
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def save(self, path: str | Path, *, keep: int | None = None) -> Path:
-        """Write `path/step-N`: all state, whatever the strategy; it loads under any other. Collective.
-
-        Args:
-            path: a directory that all ranks see.
-            keep: so many of the newest whole checkpoints stay, this one included; older ones are deleted. None: all.
-
-        Returns:
-            The directory of this checkpoint.
-
-        Raises:
-            SaveError: it could not be written (or is there already); older ones are intact.
-        """
-        bindings = self._all_bound()
-        if keep is not None:
-            check_keep(keep)
-        self._between_steps("job.save")
-        self._meeting.meet(Want.SAVE, self.step)
-        self._carrier.hold("job.save")
-        try:
-            root = Path(path) if self._trace is None else self._trace.saved(Path(path))
-            target = resume.save(bindings, root, self._facts(), self._share)
-            keep_newest(target, keep, self._resumed, rank=self.rank, share=self._share)
-        finally:
-            self._carrier.hold("")
-        self.event("save", step=self.step, path=str(target))
-        self._tracking.saved(self.step, target)
-        return target
-
-    def load(self, path: str | Path) -> int:
-        """Go on from a checkpoint, saved under any strategy and world size, with the same bits. Collective.
-
-        Call it after `prepare` and before the first step. The checkpoint's leaves and threads win over defaults.
-
-        Args:
-            path: `.../step-N`, or the directory that holds several: the newest is taken.
-
-        Returns:
-            The number of steps done.
-
-        Raises:
-            CheckpointError: there is none, it is damaged, or it does not fit.
-        """
-        bindings = self._all_bound()
-        if any(b.engine.turns_done for b in bindings):
-            raise OrderError("job.load after training has begun", remedy="load right after prepare")
-        self._meeting.meet(Want.LOAD, 0)
-        self._carrier.hold("job.load")
-        try:
-            found = resume.load(bindings, Path(path), self._facts(), self.resolved, self._share, self._rebuild)
-        finally:
-            self._carrier.hold("")
-        self._feed.strategy, before = self._all_bound()[0].strategy, self.leaves
-        if found.leaves != before:
-            self._say(f"going on with the checkpoint's {found.leaves} leaves a step")
-        self._resumed = found.path
-        self._feed.set_seed(found.seed)
-        self.threads = found.threads
-        torch.set_num_threads(found.threads)
-        for loader, at in zip(self._loaders, found.positions, strict=False):
-            loader.go_to(at["epoch"], at["step"])
-        self._feed.between_steps()
-        self.event("load", step=self.step, path=str(found.path))
-        return self.step
-
-    def _rebuild(self, precision: str, masters: bool) -> Sequence[Binding]:
-        """Prepare again for the precision of a checkpoint."""
-        rounded = "" if masters else " without masters"
-        self._say(f"going on with the checkpoint's precision {precision}{rounded}")
-        change = {"precision": precision, "masters": masters}
-        self._meeting.granters.clear()
-        for name, old in self._bindings.items():
-            wanted = self._wanted[name]
-            old.undo()
-            wanted = self._wanted[name] = replace(wanted, strategy=replace(wanted.strategy, **change))
-            binding = self._bindings[name] = setup.build(old.model, old.optimizers, wanted)
-            binding.on_step = self._steps
-            self._feed.bind(binding.engine, instead_of=old.engine)
-            for scheduler in old.schedulers:
-                binding.add_scheduler(scheduler)
-        return self._all_bound()
-
-    def _facts(self) -> resume.Facts:
-        return resume.Facts(
-            leaves=self.leaves, seed=self.seed, threads=self.threads, precision=self.strategy.precision, path=Path(),
-            twig=self.strategy.twig, masters=self.strategy.masters, positions=[x.position() for x in self._loaders],
-            tracked=self._tracked,
-        )  # fmt: skip
+    def explain(self) -> str:
+        """What happens to a unit's parameters and gradients, and when; and which units were chosen, and why."""
+        tables = [units.explain(binding.engine.units) for binding in self._all_bound()]
+        return "\n\n".join([self.strategy.explain(), *tables])
 
     # ---------------------------------------------------------------- the end
 
@@ -626,79 +291,3 @@ class Job(Verbs):
             self._carrier.fail(f"{type(error).__name__}: {error}")
             self._restore_hook()
             self._end()
-
-    # ---------------------------------------------------------------- helpers
-
-    def event(self, kind: str, **fields: object) -> None:
-        """Append a line to the run directory's events.jsonl (rank 0)."""
-        if self.run_dir is not None:
-            self.run_dir.event(kind, **fields)
-
-    def _take_trace(self) -> None:
-        if self._trace is not None:
-            facts = Traced(leaves=self.leaves, device=str(self.device))
-            models = {name: self.state_dict(binding.model) for name, binding in self._bindings.items()}
-            self._trace.take(self.rank, facts, cast(dict[str, dict[str, Tensor]], models))
-
-    def _say(self, text: str) -> None:
-        if self.rank == 0:
-            say(text)
-
-    def _warn(self, text: str) -> None:
-        if self.rank == 0:
-            warn(text)
-
-    def _share(self, data: bytes) -> list[bytes]:
-        return self._mesh.world.share_any("file", data)
-
-    def _all_bound(self) -> Sequence[Binding]:
-        if not self._bindings:
-            raise OrderError("the job has no model yet", remedy="model, optimizer = job.prepare(model, optimizer)")
-        return list(self._bindings.values())
-
-    def _find(self, model: nn.Module | None) -> Binding:
-        """The binding of a prepared model; None: of the only one."""
-        bindings = self._all_bound()
-        if model is None and len(bindings) > 1:
-            raise OrderError(f"the job trains {len(bindings)} models", remedy="say which with model=")
-        found = next((b for b in bindings if model is None or b.model is model), None)
-        if found is None:
-            raise OrderError(
-                f"this {type(model).__name__} was not prepared by this job", remedy="pass the prepared model"
-            )
-        return found
-
-    def _find_optimizer(self, optimizer: Optimizer) -> Binding:
-        found = next((b for b in self._all_bound() if optimizer in b.optimizers), None)
-        if found is None:
-            raise OrderError(
-                f"this {type(optimizer).__name__} was not prepared by this job", remedy="pass a prepared optimizer"
-            )
-        return found
-
-    def _between_steps(self, what: str) -> None:
-        if self.strategy.tensor > 1:
-            raise OrderError(
-                f"{what} with tensor={self.strategy.tensor}: it would write boxes of DTensors as if they were all",
-                remedy="p.full_tensor() for every parameter of the model, or torch.distributed.checkpoint",
-            )
-        engines = [b.engine for b in self._all_bound()]
-        for engine in engines:
-            engine.updates.flush()
-        if any(e.leaf is not None or e.turn or e.settled or e.resting for e in engines):
-            raise OrderError(f"{what} in the middle of a step", remedy="call it when job.stepped is True")
-
-
-def _version() -> str:
-    from shoal import __version__
-
-    return __version__
-
-
-def _default_device(carrier: Carrier) -> str:
-    if isinstance(carrier, Meter) and carrier.size > 1:
-        return "meta"
-    if carrier.size > 1:
-        return "cpu"
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return str(found) if found is not None else "cpu"

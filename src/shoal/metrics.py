@@ -7,13 +7,15 @@ world size. Metrics with `update`, `compute` and `reset`, such as torchmetrics',
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from shoal.errors import SettingError
+from shoal.predictions import Said, classes_last, predictions, samples_of, tensors
 
 State = tuple[Tensor, ...]
 """Of some batches, on the CPU."""
@@ -70,6 +72,10 @@ def _add(a: Tensor, b: Tensor) -> Tensor:
     return a + b
 
 
+def _ratio(total: Tensor, count: Tensor) -> float:
+    return total.item() / count.item() if count else float("nan")
+
+
 class Loss(_Sums):
     """The mean of a loss over samples.
 
@@ -103,7 +109,7 @@ class Perplexity(_Sums):
         self.ignore = ignore
 
     def of_batch(self, outputs: object, targets: object) -> State:
-        logits, wanted = _classes_last("perplexity", outputs, targets)
+        logits, wanted = classes_last("perplexity", outputs, targets)
         kept = wanted != self.ignore
         losses = nn.functional.cross_entropy(logits[kept].float(), wanted[kept], reduction="none")
         return losses.double().sum().cpu(), kept.sum().cpu()
@@ -126,13 +132,13 @@ class Accuracy(_Sums):
 
     def of_batch(self, outputs: object, targets: object) -> State:
         if self.top == 1:
-            said = _predictions("accuracy", outputs, targets, self.threshold, self.ignore)
+            said = predictions("accuracy", outputs, targets, self.threshold, self.ignore)
             right = (said.predicted == said.wanted).sum()
         else:
-            logits, wanted = _classes_last("accuracy", outputs, targets)
+            logits, wanted = classes_last("accuracy", outputs, targets)
             kept = wanted != self.ignore
             highest = logits[kept].topk(min(self.top, logits.shape[-1])).indices
-            said = _Said(highest, wanted[kept], logits.shape[-1])
+            said = Said(highest, wanted[kept], logits.shape[-1])
             right = (highest == said.wanted[:, None]).sum()
         return right.cpu(), torch.tensor(said.wanted.numel())
 
@@ -145,7 +151,7 @@ class Accuracy(_Sums):
 AVERAGES = ("auto", "binary", "macro", "micro", "none")
 
 
-class _ByClass(_Sums):
+class _ByClass(_Sums, ABC):
     """Per class: how often it was rightly predicted, was predicted, and was wanted.
 
     Args:
@@ -160,13 +166,13 @@ class _ByClass(_Sums):
         self.average, self.threshold, self.ignore = average, threshold, ignore
 
     def of_batch(self, outputs: object, targets: object) -> State:
-        said = _predictions(type(self).__name__.lower(), outputs, targets, self.threshold, self.ignore)
+        said = predictions(type(self).__name__.lower(), outputs, targets, self.threshold, self.ignore)
         right = said.wanted[said.predicted == said.wanted]
         return tuple(torch.bincount(t, minlength=said.classes) for t in (right, said.predicted, said.wanted))
 
+    @abstractmethod
     def score(self, right: Tensor, predicted: Tensor, wanted: Tensor) -> Tensor:
         """Per class, in float64."""
-        raise NotImplementedError
 
     def result(self, state: State) -> float | list[float]:
         average = self.average
@@ -219,9 +225,9 @@ class AUC:
     """
 
     def of_batch(self, outputs: object, targets: object) -> State:
-        scores, wanted = _tensors("AUC", outputs, targets)
+        scores, wanted = tensors("AUC", outputs, targets)
         if scores.dim() == wanted.dim() + 1:
-            scores, wanted = _classes_last("AUC", scores, wanted)
+            scores, wanted = classes_last("AUC", scores, wanted)
             if scores.shape[-1] > 2:
                 scores = scores.double().softmax(-1)
             elif scores.shape[-1] == 2:
@@ -267,7 +273,7 @@ class Replayed:
         self.metric = metric
 
     def of_batch(self, outputs: object, targets: object) -> State:
-        return tuple(t.detach().cpu() for t in _tensors(type(self.metric).__name__, outputs, targets))
+        return tuple(t.detach().cpu() for t in tensors(type(self.metric).__name__, outputs, targets))
 
     def join(self, left: State, right: State) -> State:
         return left + right
@@ -279,65 +285,6 @@ class Replayed:
         found = self.metric.compute()
         self.metric.reset()
         return found
-
-
-# ---------------------------------------------------------------- outputs and targets
-
-
-class _Said(NamedTuple):
-    """Classes, as whole numbers below `classes`, without those to ignore."""
-
-    predicted: Tensor
-    wanted: Tensor
-    classes: int
-
-
-def _predictions(what: str, outputs: object, targets: object, threshold: float, ignore: int) -> _Said:
-    logits, wanted = _tensors(what, outputs, targets)
-    if logits.dim() == wanted.dim() + 1 and logits.shape[-1] == 1:
-        logits = logits.squeeze(-1)
-    if logits.shape == wanted.shape:
-        said, classes = (logits > threshold if logits.is_floating_point() else logits).long(), 2
-    else:
-        logits, wanted = _classes_last(what, logits, wanted)
-        said, classes = logits.argmax(-1), logits.shape[-1]
-    said, wanted = said.reshape(-1).cpu(), wanted.reshape(-1).long().cpu()
-    kept = wanted != ignore
-    return _Said(said[kept], wanted[kept], classes)
-
-
-def _classes_last(what: str, outputs: object, targets: object) -> tuple[Tensor, Tensor]:
-    """Outputs as (targets, classes), targets as one row."""
-    logits, wanted = _tensors(what, outputs, targets)
-    if logits.dim() == wanted.dim() + 1:
-        if logits.shape[:-1] == wanted.shape:
-            return logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1)
-        if logits.shape[:1] + logits.shape[2:] == wanted.shape:
-            return logits.movedim(1, -1).reshape(-1, logits.shape[1]), wanted.reshape(-1)
-    raise SettingError(
-        f"{what}: outputs of shape {tuple(logits.shape)} do not fit targets of shape {tuple(wanted.shape)}",
-        cause="a class for every target is expected last, or in dimension 1",
-        remedy="predict=lambda model, batch: (outputs, targets), with shapes that fit",
-    )
-
-
-def _tensors(what: str, outputs: object, targets: object) -> tuple[Tensor, Tensor]:
-    if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-        return outputs.detach(), targets.detach()
-    raise SettingError(
-        f"{what}: needs tensors, and was given outputs of {type(outputs).__name__} and targets of "
-        f"{type(targets).__name__}",
-        remedy="predict=lambda model, batch: (outputs, targets)",
-    )
-
-
-def samples_of(targets: object) -> int:
-    """How many samples these are the targets of."""
-    return len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
-
-
-def _ratio(total: Tensor, count: Tensor) -> float:
-    return total.item() / count.item() if count else float("nan")
 
 
 # ---------------------------------------------------------------- by name

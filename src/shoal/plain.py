@@ -40,11 +40,11 @@ from shoal.trace import By, Trace, Traced
 
 @dataclass(eq=False)
 class Model:
-    """One of the script's models. What a `LeafFeed` asks of an engine."""
+    """One of the script's models. A leaf is open between its forward and its step."""
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
-    on_open: Callable[[object, Leaf], None] = lambda _model, _leaf: None
+    on_open: Callable[[Model, Leaf], None]
     seed: int = 0
     steps: int = 0
     leaf: Leaf | None = None
@@ -56,6 +56,7 @@ class Model:
 
     def before_open(self) -> None: ...
     def run_all_turns(self) -> None: ...
+    def set_weight(self, weight: float, /) -> None: ...
 
     def rest(self) -> None:
         self.resting = True
@@ -169,8 +170,8 @@ class PlainJob:
         if any(p.is_meta for p in model.parameters()):
             raise SettingError("a model on the meta device has no plain counterpart", remedy="give it values first")
         self._trace.widen(model)
-        ours = self._models[name] = Model(model, optimizers, waiting=list(optimizers))
-        self._feed.bind(cast("object", ours))  # type: ignore[arg-type]  # all that a feed asks for
+        ours = self._models[name] = Model(model, optimizers, self._feed.leaf_opens, waiting=list(optimizers))
+        self._feed.bind(ours)
 
         def forward(_module: nn.Module, _args: object) -> None:
             if model.training and torch.is_grad_enabled():
@@ -217,7 +218,7 @@ class PlainJob:
             self._feed.look(list(self._models.values()))
         ours.waiting, ours.leaf, self.stepped = list(ours.optimizers), None, True
         ours.steps += 1
-        self._feed.ended(cast("object", ours), acted=True)  # type: ignore[arg-type]
+        self._feed.ended(ours, acted=True)
 
     def _take_trace(self) -> None:
         facts = Traced(leaves=self.leaves, device=str(self.device), unlike_whole=self._feed.unlike_whole)

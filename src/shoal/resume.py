@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from shoal import checkpoint
+from shoal import __version__, checkpoint
 from shoal.checkpoint import Meta, Piece, Reader, Share
 from shoal.engine.binding import Binding, Follower
 from shoal.engine.optim import in_blocks
@@ -116,7 +116,7 @@ def _meta(bindings: Bindings, facts: Facts, values: Mapping[str, object], taken:
         position={"loaders": [dict(p) for p in facts.positions]},
         groups=groups,
         schedulers=[s.state_dict() for b in bindings for s in b.schedulers],
-        versions={"torch": str(torch.__version__), "shoal": _version()},
+        versions={"torch": str(torch.__version__), "shoal": __version__},
         aliases={b.prefix + a: b.prefix + n for b in bindings for a, n in aliases(b.model).items()},
         extra={
             "threads": facts.threads, "values": values, "tracked": taken.plain, "optimizers": _optimizers(bindings),
@@ -151,12 +151,6 @@ def _orders(bindings: Bindings) -> dict[str, list[int]]:
 
 def _optimizers(bindings: Bindings) -> list[str]:
     return [type(o).__name__ for b in bindings for o in b.optimizers]
-
-
-def _version() -> str:
-    from shoal import __version__
-
-    return __version__
 
 
 def load(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import TypeVar, cast
 from shoal.comm import threads
 from shoal.dropin.world import known
 from shoal.errors import PeerError, PeerLost, SettingError
+from shoal.launch.place import places_here
 from shoal.launch.worker import die_with
 
 T = TypeVar("T")
@@ -81,16 +81,14 @@ def _processes(fn: Callable[..., T], args: tuple[object, ...], count: int) -> li
             remedy=f'a function at the top of its module; or workers="{THREADS}{count}"',
         ) from None
     context = multiprocessing.get_context("fork" if notebook else "spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    threads_each = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     links: dict[Connection, int] = {}
     workers: list[BaseProcess] = []
     try:
-        for rank in range(count):
+        for rank, place in enumerate(places_here(count)):
             ours, theirs = context.Pipe(duplex=False)
-            place = _place(rank, count, port)
-            process = context.Process(target=_work, args=(payload, args, place, theirs, os.getpid()))  # pyright: ignore
+            told = place | threads_each
+            process = context.Process(target=_work, args=(payload, args, told, theirs, os.getpid()))  # pyright: ignore
             process.start()
             theirs.close()
             links[ours] = rank
@@ -101,13 +99,6 @@ def _processes(fn: Callable[..., T], args: tuple[object, ...], count: int) -> li
             if process.is_alive():
                 process.kill()
             process.join()
-
-
-def _place(rank: int, count: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }  # fmt: skip
 
 
 def _work(payload: object, args: tuple[object, ...], place: dict[str, str], link: Connection, parent: int) -> None:

@@ -1,49 +1,26 @@
-"""What a job offers besides training. `Job` inherits it."""
+"""What a job offers besides training: words between ranks, evaluation, and what is told to people."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
-from pathlib import Path
 from typing import TextIO, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
-from shoal.collectives import Collectives, Handle, Number
-from shoal.comm.meet import Want
-from shoal.data.feed import LeafFeed
-from shoal.engine.binding import Binding
+from shoal.base import Base
+from shoal.collectives import Handle, Number
 from shoal.evaluation import Evaluation, Metrics, Predict, evaluate
 from shoal.once import Main, once
-from shoal.pretrained.fill import Pretrained, load_pretrained
-from shoal.random import mix
-from shoal.tracked import Tracked
 from shoal.trackers.protocol import Tracker
-from shoal.tracking import Tracking, check_log, facts_of, numbers, share_of_peak
+from shoal.tracking import check_log, facts_of, numbers, share_of_peak
 
 T = TypeVar("T")
 V = TypeVar("V", bound=Tensor | Number)
 
 
-class Verbs:
-    """Words between ranks, evaluation, and what is told to people.
-
-    Attributes:
-        _together: what user code exchanges.
-        _feed: seeds, and who is handed what.
-        _tracking: what is told of the run.
-        _tracked: what is in checkpoints besides models and optimizers.
-        _latest: the model that stepped last.
-    """
-
-    device: torch.device
-    _together: Collectives
-    _feed: LeafFeed
-    _tracking: Tracking
-    _tracked: Tracked
-    _latest: Binding | None
+class Verbs(Base):
+    """Exchanges, measures and tells."""
 
     # ---------------------------------------------------------------- between ranks
 
@@ -178,6 +155,7 @@ class Verbs:
             SettingError: an unknown metric, or outputs that do not fit it.
             DivergedError: ranks measure different things, or read unequally many batches.
         """
+        self._between_steps("job.evaluate")
         return evaluate(model, loader, metrics, predict, self._feed, self._together.meeting, self.device)
 
     # ---------------------------------------------------------------- telling
@@ -217,75 +195,3 @@ class Verbs:
             share = share_of_peak(latest, peak_flops, flops_per_token)
             said = numbers(values) | facts_of(latest, self.device)
             self._tracking.log(self._feed.step, every, tokens, share, said)
-
-    # ---------------------------------------------------------------- data
-
-    def generator(self, name: str = "") -> torch.Generator:
-        """A generator of its own for the leaf that comes next, for loops that draw their own batches.
-
-        Call it once per leaf, before forward. It is seeded from (job seed, step, leaf, name): whoever computes a leaf,
-        at any world size, draws the same numbers, and ranks draw different ones.
-
-        Args:
-            name: of what is drawn, where a leaf draws several things: equal names draw equal numbers.
-        """
-        leaf = self._feed.leaf_now()
-        drawn = torch.Generator()  # on the CPU: the same numbers whatever the device
-        return drawn.manual_seed(mix("draw", self._feed.seed, self._feed.step, 0 if leaf is None else leaf, name))
-
-    # ---------------------------------------------------------------- state
-
-    def track(self, **objects: object) -> None:
-        """Put more into checkpoints: whatever has `state_dict()` and `load_state_dict()`. Call it before `job.load`.
-
-        Models, optimizers, schedulers and loaders given to `prepare`, loaders of `job.loader` and averages of `job.ema`
-        (in shards, like their models) are there already. States are kept without pickle: tensors, arrays, numbers,
-        strings, None, and lists, tuples and dicts of them. Rank 0's is saved, and all ranks get it back; a line says
-        where ranks differ.
-
-        Args:
-            objects: by the names that they have in the checkpoint.
-
-        Raises:
-            SettingError: one has no such methods.
-            OrderError: the name is taken, or `job.load` has passed its state by.
-        """
-        self._tracked.add(objects)
-
-    def load_pretrained(
-        self, path: str | Path, model: nn.Module | None = None, *, strict: bool = True, trust: bool = False,
-        rename: Callable[[str], str] = str,
-    ) -> Pretrained:  # fmt: skip
-        """Fill a prepared model with weights that another program has written, tensor by tensor. Collective.
-
-        No rank ever holds the whole of it: each reads the tensors of which it keeps a part. Values are converted to the
-        model's dtype. Averages of `job.ema` begin anew.
-
-        Args:
-            path: a `.safetensors` file, a Hugging Face index or a directory with either; `.pt`, `.pth`, `.bin` with
-                a state dict; a directory of torch's distributed checkpoint; of DeepSpeed's ZeRO, universal or as
-                stages 1 to 3 write it.
-            model: the prepared one; None: the only one.
-            strict: missing or extra names are an error; else they are reported.
-            trust: may pickles be read that run code? Needed for torch's distributed and DeepSpeed's sharded ones.
-            rename: what a name of the file is called in the model.
-
-        Returns:
-            The names that were loaded, are missing in the file, and are extra in it.
-
-        Raises:
-            CheckpointError: there are no weights, or they may not be read.
-            ResumeError: other names or shapes; nothing has been changed then.
-        """
-        binding = self._find(model)
-        self._between_steps("job.load_pretrained")
-        self._together.meeting.meet(Want.PRETRAINED, model=binding.engine.number)
-        with self._together.leased("job.load_pretrained"):
-            share = partial(self._together.world.share_any, "file")
-            return load_pretrained(binding, Path(path), share, strict=strict, trust=trust, rename=rename)
-
-    def _find(self, model: nn.Module | None) -> Binding:
-        raise NotImplementedError
-
-    def _between_steps(self, what: str) -> None:
-        raise NotImplementedError

@@ -20,7 +20,7 @@ from shoal.errors import OrderError, SettingError, nearest
 from shoal.job import init
 from shoal.launch.run import Outcome, launch
 from shoal.strategy import Shard, Strategy
-from shoal.trace import Trace
+from shoal.trace import Trace, Traced
 
 MakeModel = Callable[[], nn.Module]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -115,7 +115,7 @@ def _train(
         with init(strategy, seed=seed, run_dir="none", device="cpu") as job:
             trial = make()
             model, optimizer = job.prepare(trial.model, trial.optimizer)
-            loader = job.loader(_Numbers(leaves * steps), global_batch=leaves, shuffle=False)
+            loader = job.loader(cast("Dataset[int]", range(leaves * steps)), global_batch=leaves, shuffle=False)
             states: list[dict[str, Tensor]] = []
             for number in loader:
                 trial.loss(model, *divmod(int(number), leaves)).backward()
@@ -153,26 +153,36 @@ def verify_script(
     """
     with tempfile.TemporaryDirectory(prefix="shoal-verify-") as directory:
         tested, alone = (Trace(Path(directory, name), steps) for name in ("tested", "alone"))
-        failed = _run(argv, tested, workers, {"strategy": strategy})
-        facts = tested.facts()
+        failed = run_traced(argv, tested, workers, {"strategy": strategy})
         if failed is not None:
             return failed
-        if facts is None:
-            raise OrderError(
-                f"{argv[0]} took no step that acts: there is nothing to compare",
-                remedy="a script that trains: shoal.init, job.prepare, optimizer.step()",
-            )
+        facts = facts_of(tested, argv[0])
         same = {"leaves": facts.leaves, "device": facts.device}
-        failed = _run(argv, alone, 1, {"strategy": "ddp", "ranks_per_copy": 1, **same})
+        failed = run_traced(argv, alone, 1, {"strategy": "ddp", "ranks_per_copy": 1, **same})
         return failed or compare(tested.states(), alone.states())
 
 
-def _run(argv: Sequence[str], trace: Trace, workers: int, flags: Mapping[str, object]) -> Outcome | None:
-    """How it ended, if it failed."""
+def run_traced(argv: Sequence[str], trace: Trace, workers: int, flags: Mapping[str, object]) -> Outcome | None:
+    """Run a script, leaving a trace. Returns how it ended, if it failed."""
     trace.path.mkdir()
     environ = {**os.environ, **trace.variable()}
     outcome = launch(argv, workers=workers, flags=flags, run_dir="none", environ=environ, keep_stdout=True)
     return outcome if outcome.exit_code else None
+
+
+def facts_of(trace: Trace, script: str) -> Traced:
+    """What the script's job said of itself.
+
+    Raises:
+        OrderError: the script took no step that acts.
+    """
+    facts = trace.facts()
+    if facts is None:
+        raise OrderError(
+            f"{script} took no step that acts: there is nothing to compare",
+            remedy="a script that trains: shoal.init, job.prepare, optimizer.step()",
+        )
+    return facts
 
 
 def find_trial(name: str) -> Callable[[], Trial]:
@@ -250,14 +260,3 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
         magnitude = torch.iinfo(kind).max
         x, y = (torch.where(v < 0, -1 - (v & magnitude), v) for v in (x, y))
     return (x - y).abs()
-
-
-class _Numbers(Dataset[int]):
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> int:
-        return index

@@ -33,13 +33,13 @@ class Want(IntEnum):
     CLOSE = 14
     ASIDE = 15  # what a model did for another one's sake is over
     GRADIENTS = 16
-    REDUCE_VALUES = 40
-    GATHER_VALUES = 41
-    BROADCAST = 42
-    BARRIER = 43
-    ONCE = 44
-    EVALUATE = 45
-    PRETRAINED = 46
+    REDUCE_VALUES = 17
+    GATHER_VALUES = 18
+    BROADCAST = 19
+    BARRIER = 20
+    ONCE = 21
+    EVALUATE = 22
+    PRETRAINED = 23
 
 
 _WORDS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -11,13 +12,50 @@ from shoal.comm.mesh import Mesh
 from shoal.data.loader import Handed
 from shoal.data.mean import Means
 from shoal.engine import setup
-from shoal.engine.engine import Engine
 from shoal.engine.leaf import Leaf, LeafInfo
 from shoal.engine.turns import Turns
 from shoal.random import everything, get_states, mix, set_states
 from shoal.random import seed as set_seed
 from shoal.rules import rules
 from shoal.strategy import Strategy
+
+
+class Trained(Protocol):
+    """What a feed asks of a model in training. An engine is one."""
+
+    seed: int
+    coming: LeafInfo | None
+
+    @property
+    def steps(self) -> int:
+        """Steps that have acted."""
+        ...
+
+    @property
+    def leaf(self) -> Leaf | None:
+        """The one under way."""
+        ...
+
+    @property
+    def turn(self) -> int:
+        """Of this step."""
+        ...
+
+    @property
+    def turns(self) -> Turns:
+        """Of this step."""
+        ...
+
+    @property
+    def resting(self) -> bool:
+        """Has this model stepped, and others have not?"""
+        ...
+
+    def rest(self) -> None: ...
+    def wake(self) -> None: ...
+    def before_open(self) -> None: ...
+    def run_all_turns(self) -> None: ...
+    def set_weight(self, weight: float, /) -> None: ...
 
 
 class Loop:
@@ -42,8 +80,8 @@ class LeafFeed:
         self.strategy, self.seed, self.mesh = strategy, seed, mesh
         self.say: Callable[[str], None] | None = say
         self.means = Means(meeting)
-        self.engines: list[Engine] = []
-        self.stepped: list[Engine] = []  # models whose optimizers have stepped in the leaf under way
+        self.engines: list[Trained] = []
+        self.stepped: list[Trained] = []  # models whose optimizers have stepped in the leaf under way
         self.acted, self.opened = False, False
         self.handed: Handed | None = None
         self.more = 0  # batches of the leaf under way after its first
@@ -51,13 +89,13 @@ class LeafFeed:
         self.loop: Loop | None = None
         self.after_step: Callable[[], None] = lambda: None  # called between steps, on all ranks
 
-    def bind(self, engine: Engine, instead_of: Engine | None = None) -> None:
-        """A model is prepared."""
+    def bind(self, engine: Trained, instead_of: Trained | None = None) -> None:
+        """A model is prepared. Whenever it opens a leaf, it calls `leaf_opens`."""
         if instead_of is not None:
             self.engines[self.engines.index(instead_of)] = engine
         else:
             self.engines.append(engine)
-        engine.on_open, engine.seed = self._leaf_opens, self.seed
+        engine.seed = self.seed
         if len(self.engines) > 1:
             for each in self.engines:
                 each.run_all_turns()
@@ -112,7 +150,7 @@ class LeafFeed:
         self.more = 0
         set_seed(self.seed, self.step, handed.leaf)
 
-    def ended(self, engine: Engine, acted: bool) -> None:
+    def ended(self, engine: Trained, acted: bool) -> None:
         """A model's optimizers have ended its leaf. The job's leaf ends with the last model's."""
         self.stepped.append(engine)
         self.acted |= acted
@@ -171,7 +209,7 @@ class LeafFeed:
             f"the same {bits} at this world size only; for any, leaves= and step() after every batch"
         )
 
-    def _leaf_opens(self, engine: Engine, leaf: Leaf) -> None:
+    def leaf_opens(self, engine: Trained, leaf: Leaf) -> None:
         """Tell the others; set the generators for a leaf that no loader handed out."""
         self.mesh.world.carrier.note(f"computes leaf {leaf.number} of step {engine.steps}")
         if self.handed is None and not self.opened:

@@ -78,7 +78,8 @@ class Loader(Generic[T_co]):
         steps: which samples make which leaf.
 
     After `job.load` the next iteration goes on where the checkpoint was made; `epoch` is then the epoch to go on with.
-    An iteration that was left early is over: the next one begins the next epoch.
+    An iteration that was left early is over: the next one begins the next epoch. `len()` counts the batches of this
+    rank, so it depends on the world size: do not derive numbers of steps from it, such as a schedule's.
     """
 
     def __init__(self, feed: Feed, source: DataLoader[T_co], steps: Steps) -> None:
@@ -92,7 +93,7 @@ class Loader(Generic[T_co]):
         return self.source.dataset
 
     def __len__(self) -> int:
-        """Batches that this rank is handed in a whole epoch."""
+        """Batches that this rank is handed in a whole epoch: fewer where more ranks share a step's leaves."""
         return len(self._mine(self.steps(self.epoch, self.feed.leaves)))
 
     def __iter__(self) -> Iterator[T_co]:

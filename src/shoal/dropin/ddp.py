@@ -154,8 +154,7 @@ class DistributedDataParallel(nn.Module):
             return
         self._steps += 1
         state = digest(self.module.parameters()) if self._looks_at_state() else b""
-        touched = [p.grad is not None for p in self._params]
-        told = self._tell(Event.BACKWARD, touched, self._batch, state)
+        told = self._tell(Event.BACKWARD, self._averager.touched(), self._batch, state)
         self._learn(told)
         self._compare(told)
         self._batch = b""
@@ -166,15 +165,11 @@ class DistributedDataParallel(nn.Module):
         return power_of_eight(self._steps - 1)
 
     def _exchange(self, told: Sequence[Told]) -> None:
-        bits = 0
-        for each in told:
-            bits |= each.bits
-        touched = [bool(bits >> i & 1) for i in range(len(self._params))]
         whole = self._join is None or self._join.initial
         divisor = self._group.size if whole else sum(self._active)
-        self._averager.average(touched, self._active, divisor, self._hook)
+        self._averager.average((each.touched for each in told), self._active, divisor, self._hook)
 
-    def _tell(self, event: Event, touched: Sequence[bool] = (), batch: bytes = b"", state: bytes = b"") -> list[Told]:
+    def _tell(self, event: Event, touched: int = 0, batch: bytes = b"", state: bytes = b"") -> list[Told]:
         strict = self._join is not None and self._join.strict
         return self._events.tell(
             event, steps=self._steps, touched=touched, batch=batch, state=state, strict=strict

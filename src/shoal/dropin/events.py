@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -38,7 +37,7 @@ class Told(NamedTuple):
     steps: int
     batch: bytes
     state: bytes
-    bits: int
+    touched: int  # a bit for every parameter that has a gradient
 
 
 class Events:
@@ -53,7 +52,7 @@ class Events:
         self.group, self.size = group, count // 8 + 1
 
     def tell(
-        self, event: Event, *, steps: int = 0, touched: Sequence[bool] = (), batch: bytes = b"", state: bytes = b"",
+        self, event: Event, *, steps: int = 0, touched: int = 0, batch: bytes = b"", state: bytes = b"",
         strict: bool = False,
     ) -> list[Told]:  # fmt: skip
         """What every rank says, in their order. Ranks that are out of data agree with whatever the others do.
@@ -62,10 +61,9 @@ class Events:
             DivergedError: ranks that have data do different things.
             OrderError: `strict`, and some rank is out of data.
         """
-        bits = sum(1 << i for i, here in enumerate(touched) if here)
         head = _HEAD.pack(event, strict, steps, batch.ljust(8, b"\0"), state.ljust(8, b"\0"))
         told: list[Told] = []
-        for data in self.group.share("events", head + bits.to_bytes(self.size, "little")):
+        for data in self.group.share("events", head + touched.to_bytes(self.size, "little")):
             kind, hard, number, inputs, params = _HEAD.unpack_from(data)
             bits = int.from_bytes(data[_HEAD.size :], "little")
             told.append(Told(Event(kind), bool(hard), number, inputs.rstrip(b"\0"), params.rstrip(b"\0"), bits))

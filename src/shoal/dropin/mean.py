@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.group import Group, Pending
+from shoal.comm.group import Done, Group, Pending
 from shoal.comm.pool import Pool
 from shoal.engine.exchange import agree
-from shoal.engine.sums import Mean, Sum, even_bounds
+from shoal.engine.sums import Sum, even_bounds
 from shoal.leaves import Node, Weighed
 
+T = TypeVar("T", bound=Tensor)
 CAP = 25.0
 """MiB of a bucket, as torch's."""
 
@@ -93,18 +95,25 @@ class Averager:
         self.group, self.params, self.pool, self.wire = group, list(params), Pool(), wire
         self.buckets = cut_into_buckets(self.params, cap)
 
+    def touched(self) -> int:
+        """Which parameters have a gradient on this rank: a bit for each."""
+        return sum(1 << i for i, p in enumerate(self.params) if p.grad is not None)
+
     def average(
-        self, touched: Sequence[bool], active: Sequence[bool], divisor: float, hook: tuple[Hook, object] | None = None
+        self, touched: Iterable[int], active: Sequence[bool], divisor: float, hook: tuple[Hook, object] | None = None
     ) -> None:  # fmt: skip
         """Replace every `p.grad` by the mean over ranks. Collective.
 
         Args:
-            touched: per parameter, does some rank have a gradient? The others keep what they have.
+            touched: of every rank. What no rank has touched stays as it is.
             active: per rank, does it bring gradients? Others take part with nothing, and keep theirs.
             divisor: of the sum.
             hook: takes a bucket's place in the exchange, with its state.
         """
-        wanted = [[i for i in bucket if touched[i]] for bucket in self.buckets]
+        bits = 0
+        for each in touched:
+            bits |= each
+        wanted = [[i for i in bucket if bits >> i & 1] for bucket in self.buckets]
         wanted = [places for places in wanted if places]
         flats = [self._flatten(places, present=active[self.group.rank]) for places in wanted]
         if hook is not None:
@@ -117,11 +126,9 @@ class Averager:
                 value = future.value()
                 self._hand_out(places, value[0] if isinstance(value, (list, tuple)) else value, active)
             return
-        flows = [mean_of(self.group, flat, active, divisor, self.pool) for flat in flats]
-        for flow in flows:
-            flow.send(None)  # all are under way before the first is waited for
+        flows = [mean_of(self.group, flat, active, divisor, self.pool) for flat in flats]  # all begin
         for places, flow in zip(wanted, flows, strict=True):
-            result = finish(flow)
+            result = flow.wait()
             self._hand_out(places, result, active)
             self.pool.give(result)
 
@@ -147,8 +154,38 @@ class Averager:
                 p.grad.detach().copy_(view.view(p.shape))
 
 
-Flow = Generator[Pending | None, None, Tensor]
-"""Yields None once it is under way, then whatever it has to wait for; its result."""
+class Flow:
+    """A collective under way: transfers to wait for, one after the other, and its result.
+
+    Args:
+        steps: yields the transfers; the first one begins here.
+    """
+
+    def __init__(self, steps: Generator[Pending, None, Tensor]) -> None:
+        self._steps = steps
+        self._pending: Pending = Done()
+        self._result: Tensor | None = None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        try:
+            self._pending = next(self._steps)
+        except StopIteration as done:
+            self._result = done.value
+
+    def ready(self) -> bool:
+        """Go on as far as possible without waiting. Is it over?"""
+        while self._result is None and self._pending.ready():
+            self._pending.wait()
+            self._go_on()
+        return self._result is not None
+
+    def wait(self) -> Tensor:
+        """Go on to the end. Returns the result."""
+        while self._result is None:
+            self._pending.wait()
+            self._go_on()
+        return self._result
 
 
 def mean_of(group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool) -> Flow:
@@ -158,42 +195,28 @@ def mean_of(group: Group, flat: Tensor, active: Sequence[bool], divisor: float, 
         flat: this rank's, which is used up.
         active: per rank, whether its tensor counts.
     """
+    return Flow(_mean(group, flat, active, divisor, pool))
+
+
+def _mean(
+    group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool
+) -> Generator[Pending, None, Tensor]:  # fmt: skip
     size = group.size
     if size == 1:
-        yield None
         return flat if divisor == 1 else flat.div_(divisor)
     none: Weighed[bool] = Weighed(None)
     held = [[(Node(0, r), Weighed(True, 1.0) if counts else none)] for r, counts in enumerate(active)]
     mine: Weighed[Sum] = Weighed(Sum([flat]), 1.0) if active[group.rank] else Weighed(None)
     like = flat[:0]
-    flow = agree(
+    result = yield from agree(
         group, even_bounds(0, flat.numel(), size), [(0, flat.numel())], [(Node(0, group.rank), mine)], held, divisor,
         size, pool, like,
     )  # fmt: skip
-    first = next(flow)
-    yield None
-    result = yield from _after(first, flow)
     assert result.flat is not None
     assert result.strips is not None
     if sum(active) == 1 and divisor != 1:  # a leaf alone is not divided
         result.flat.div_(divisor)
     return result.flat
-
-
-def _after(first: Pending, flow: Generator[Pending, None, Mean]) -> Generator[Pending, None, Mean]:
-    yield first
-    return (yield from flow)
-
-
-def finish(flow: Flow) -> Tensor:
-    """Run a flow that is under way to its end."""
-    while True:
-        try:
-            pending = next(flow)
-            if pending is not None:
-                pending.wait()
-        except StopIteration as done:
-            return done.value
 
 
 def spread(group: Group, flat: Tensor, owner: int) -> None:
@@ -203,19 +226,25 @@ def spread(group: Group, flat: Tensor, owner: int) -> None:
     group.gather("broadcast", flat, bounds).wait()
 
 
-def spread_all(group: Group, tensors: Sequence[Tensor], owner: int) -> None:
-    """The same for tensors of any shapes, those of one dtype and device side by side."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+def alike(tensors: Iterable[T]) -> list[list[T]]:
+    """Those of one dtype and device, which can lie side by side."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[T]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    with torch.no_grad():
-        for (dtype, device), alike in kinds.items():
-            flat = torch.empty(sum(t.numel() for t in alike), dtype=dtype, device=device)
-            views = torch.split(flat, [t.numel() for t in alike])
-            if group.rank == owner:
-                for view, tensor in zip(views, alike, strict=True):
-                    view.copy_(tensor.detach().reshape(-1))
-            spread(group, flat, owner)
-            if group.rank != owner:
-                for view, tensor in zip(views, alike, strict=True):
-                    tensor.detach().copy_(view.view(tensor.shape))
+    return list(kinds.values())
+
+
+@torch.no_grad()
+def spread_all(group: Group, tensors: Iterable[Tensor], owner: int) -> None:
+    """The same for tensors of any shapes."""
+    for kind in alike(tensors):
+        sizes = [t.numel() for t in kind]
+        flat = torch.empty(sum(sizes), dtype=kind[0].dtype, device=kind[0].device)
+        views = torch.split(flat, sizes)
+        if group.rank == owner:
+            for view, tensor in zip(views, kind, strict=True):
+                view.copy_(tensor.detach().reshape(-1))
+        spread(group, flat, owner)
+        if group.rank != owner:
+            for view, tensor in zip(views, kind, strict=True):
+                tensor.detach().copy_(view.view(tensor.shape))

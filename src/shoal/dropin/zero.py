@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shoal.dropin.mean import CAP, Averager, spread
+from shoal.dropin.mean import CAP, Averager, alike, spread_all
 from shoal.dropin.states import collect
 from shoal.dropin.strays import digest, ours
 from shoal.dropin.world import world
@@ -55,7 +55,7 @@ class ZeroRedundancyOptimizer(Optimizer):
         self._owner: dict[Tensor, int] = {}
         self.optim: Optimizer | None = None
         self._whole: dict[str, object] | None = None
-        self._compared = False
+        self._compared, self._averages = False, False  # gradients: by the ranks; by this optimizer
         super().__init__(params, dict(defaults))  # type: ignore[arg-type]
         groups = [self._part(group) for group in self.param_groups]
         self.optim = optimizer_class(groups, **defaults)  # type: ignore[call-arg]
@@ -117,29 +117,23 @@ class ZeroRedundancyOptimizer(Optimizer):
 
     def _compare(self) -> None:
         """At the first step: has somebody averaged the gradients?"""
-        if self._compared or self._group.size == 1:
+        if self._compared or self._averages or self._group.size == 1:
             return
         self._compared = True
         grads = [p.grad for p in self._all if p.grad is not None]
         told = self._group.share("gradients", digest(grads))
-        if len(set(told)) > 1 and self._told_apart():
+        if len(set(told)) > 1:
             self._world.warn(
                 "ZeroRedundancyOptimizer.step: the ranks' gradients differ, and each parameter follows those of one "
                 "rank alone; shoal.DistributedDataParallel(model) averages them, or shoal.ZeRO(..., stage=2)"
             )
 
-    def _told_apart(self) -> bool:
-        return True
-
     @torch.no_grad()
     def _send(self) -> None:
-        kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-        for p in self._all:
-            kinds.setdefault((p.dtype, p.device), []).append(p)
-        for (dtype, device), alike in kinds.items():
-            parts = [[p for p in alike if self._owner[p] == rank] for rank in range(self._group.size)]
+        for kind in alike(self._all):
+            parts = [[p for p in kind if self._owner[p] == rank] for rank in range(self._group.size)]
             sizes = [sum(p.numel() for p in part) for part in parts]
-            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            flat = torch.empty(sum(sizes), dtype=kind[0].dtype, device=kind[0].device)
             bounds = [sum(sizes[:r]) for r in range(len(sizes) + 1)]
             ordered = [p for part in parts for p in part]
             views = torch.split(flat, [p.numel() for p in ordered])
@@ -268,12 +262,8 @@ class ZeRO(ZeroRedundancyOptimizer):
             self._averager = Averager(self._group, trained, self._cap)
             for p in trained:
                 p.register_post_accumulate_grad_hook(self._accumulated)
-            for p in trained:  # all start from rank 0's values, as the wrapper would do it
-                spread(self._group, flat := p.detach().reshape(-1).clone(), 0)
-                p.data.copy_(flat.view(p.shape))
-
-    def _told_apart(self) -> bool:
-        return self.stage == 1
+            self._averages = True
+            spread_all(self._group, trained, 0)  # all start from rank 0's values, as the wrapper would do it
 
     def _accumulated(self, _param: Tensor) -> None:
         call = graph_task()
@@ -284,11 +274,8 @@ class ZeRO(ZeroRedundancyOptimizer):
     def _over(self, call: int) -> None:
         self._calls.discard(call)
         params = self._averager.params
-        bits = sum(1 << i for i, p in enumerate(params) if p.grad is not None)
-        everyone = 0
-        for data in self._group.share("touched", bits.to_bytes(len(params) // 8 + 1, "little")):
-            everyone |= int.from_bytes(data, "little")
-        touched = [bool(everyone >> i & 1) for i in range(len(params))]
+        bits = self._averager.touched().to_bytes(len(params) // 8 + 1, "little")
+        touched = [int.from_bytes(told, "little") for told in self._group.share("touched", bits)]
         self._averager.average(touched, [True] * self._group.size, self._group.size)
         for p in params:
             if self._owner[p] != self._group.rank:

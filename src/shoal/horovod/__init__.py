@@ -10,6 +10,17 @@ Source: Sergeev and Del Balso, Horovod, arXiv 1802.05799; horovod.torch.
 from __future__ import annotations
 
 from shoal.horovod.compression import Compression
+from shoal.horovod.handles import poll, synchronize
+from shoal.horovod.moves import (
+    allgather,
+    allgather_async,
+    allgather_object,
+    broadcast,
+    broadcast_,
+    broadcast_async,
+    broadcast_async_,
+    broadcast_object,
+)
 from shoal.horovod.ops import (
     Adasum,
     Average,
@@ -17,21 +28,11 @@ from shoal.horovod.ops import (
     Min,
     Product,
     Sum,
-    allgather,
-    allgather_async,
-    allgather_object,
     allreduce,
     allreduce_,
     allreduce_async,
     allreduce_async_,
-    broadcast,
-    broadcast_,
-    broadcast_async,
-    broadcast_async_,
-    broadcast_object,
     join,
-    poll,
-    synchronize,
 )
 from shoal.horovod.optimizer import DistributedOptimizer, broadcast_optimizer_state, broadcast_parameters
 from shoal.horovod.session import begin, end, initialized, session

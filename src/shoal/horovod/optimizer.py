@@ -31,8 +31,7 @@ class _Distributed:
 
     def synchronize(self) -> None:
         """Average gradients now, for instance to clip them; `step()` goes into `skip_synchronize`. Collective."""
-        averager = self._session.optimizers[self._number]
-        touched = sum(1 << i for i, p in enumerate(averager.params) if p.grad is not None)
+        touched = self._session.optimizers[self._number].touched()
         words: Words = {"op": "step", "optimizer": self._number, "by": self._by, "touched": hex(touched)}
         average(self._session, self._number, self._session.tell(words, differs="touched"), self._by)
         self._averaged = True

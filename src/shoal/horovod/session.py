@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import cast
 
 from shoal.comm.pool import Pool
 from shoal.dropin.mean import Averager
 from shoal.dropin.world import World, world
-from shoal.errors import DivergedError, OrderError
+from shoal.errors import DivergedError, OrderError, SettingError
 
 Words = dict[str, object]
 """What a rank says of its next call: `op`, and what must be equal on all ranks."""
@@ -53,6 +54,23 @@ class Session:
                 remedy="the same calls in the same order on all ranks; hvd.join() on a rank that is out of data",
             )
         return told
+
+
+def nobody_joined(told: Sequence[Words], what: str) -> None:
+    out = [str(r) for r, w in enumerate(told) if w["op"] == JOIN]
+    if out and len(out) < len(told):
+        raise OrderError(
+            f"hvd.{what} while rank {', '.join(out)} is in hvd.join()",
+            remedy="only allreduce and a DistributedOptimizer's step go on without a rank",
+        )
+
+
+def check_process_set(process_set: object) -> None:
+    """All ranks take part: there are no others' groups."""
+    if process_set is not None:
+        raise SettingError(
+            "process_set= is not among shoal's", remedy="shoal.DistributedDataParallel(model, process_group=...)"
+        )
 
 
 def _shown(words: Words) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,6 +36,17 @@ class Place:
     agent_store: bool
     launched_by: str
     attempt: int = 0
+
+
+def places_here(count: int) -> list[dict[str, str]]:
+    """What each of `count` ranks is told in its environment where this host is all of their world."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alike = {
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    return [{**alike, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:

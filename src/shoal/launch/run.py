@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from shoal.errors import SettingError
 from shoal.launch.failure import Ended, Failure, exit_code, report
+from shoal.launch.place import places_here
 from shoal.launch.rundir import RunDir, make_run_dir
 from shoal.launch.workers import Asked, Exit, Workers
 from shoal.settings import ACTIVE_RUN_DIR, FAILURE_FILE, FLAGS, LAUNCHER, resolve
@@ -137,16 +137,15 @@ def _work(
 
     workers = Workers(heard)
     command = [sys.executable, "-P", "-m", "shoal.launch.worker", *argv]  # -P: no `shoal` or `signal` that lies about
-    base = {**base, **_place(count)}
     sys.stdout.flush()  # what was printed before rank 0 speaks
     with workers.listening():
         try:
-            for rank in range(count):
+            for rank, place in enumerate(places_here(count)):
                 failure_file = _failure_file(directory, rank)
                 failure_file.unlink(missing_ok=True)  # an earlier run's
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), FAILURE_FILE: str(failure_file)}
+                own = {**base, **place, FAILURE_FILE: str(failure_file)}
                 log = _log(directory, rank) if rank else None
-                workers.start(command, base | own, log=log, stdout=2 if keep_stdout else None)
+                workers.start(command, own, log=log, stdout=2 if keep_stdout else None)
             asked = _watch(workers)
         finally:
             workers.close()
@@ -163,18 +162,6 @@ def _watch(workers: Workers) -> int:
         if happening is not None and happening.code:
             workers.end()
     return 0
-
-
-def _place(count: int) -> dict[str, str]:
-    """What all ranks are told alike."""
-    counts = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    return {**counts, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _ended(end: Exit, directory: RunDir) -> Ended:
