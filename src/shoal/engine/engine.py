@@ -313,6 +313,7 @@ class Engine:
         while self.turn < self.turns.count:  # serve ranks that have more leaves
             self._open(None, 0.0)
             self.end_leaf()
+        self.gradients.hear_weights()
         self.updates.catch_up(wait=True)
         names = self.gradients.names
         bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)

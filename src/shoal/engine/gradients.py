@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.group import Common, Done, Pending
-from shoal.comm.meet import Meeting, Want
+from shoal.comm.meet import Meeting, Met, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.comm.pool import Pool
@@ -26,7 +26,7 @@ from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.errors import OrderError
 from shoal.layout import Span
-from shoal.leaves import Weighed
+from shoal.leaves import Node, Weighed
 from shoal.rules import Moment, Op, Rules
 
 IN_FLIGHT = 2**27
@@ -109,7 +109,8 @@ class Gradients:
         self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs) for u in self.units}
         self.sums: dict[int, Sums] = {u: new_tree(turns.twigs) for u in self.mine}
         self.growing: dict[int, tuple[int, Weighed[Sum]]] = {}  # per unit: leaves so far of the twig, and their sum
-        self.weights_known = -1
+        self.weights_said = -1
+        self.hearing: Met | None = None  # weights of leaves that are not all known yet
 
     # ---------------------------------------------------------------- in a leaf
 
@@ -245,7 +246,7 @@ class Gradients:
         """Send a unit's gradients on their way, as far as the rules say in this turn."""
         last = self._last(leaf)
         ops = [r.op for r in self.rules if last or not r.last]
-        self._learn_weights(leaf)
+        self._say_weights(leaf)
         self.wait_for(unit)  # those of the turn before
         if Op.AGREE in ops and self.fast is None and unit.index not in self.commons:  # all start in one order
             numel = unit.mine.stop - unit.mine.start
@@ -307,6 +308,9 @@ class Gradients:
         if index is None:
             return
         journey = self.flows[index]
+        if journey.pending is self.hearing:
+            self.hear_weights()
+            return
         journey.pending.wait()
         following = next(journey.flow, None)
         if following is None:
@@ -323,13 +327,15 @@ class Gradients:
         came: Pending | None = None
         key = f"unit {unit.index} turn {leaf.serial}"  # each rank goes on as soon as it can
         turns, tree = self.turns, self.sums[unit.index]  # of this step; a next one may have begun when all is done
+        mine = drain(self.mine[unit.index]) if ops else []  # and those of the next turn may have joined them
+        if self.hearing is not None and ops:
+            yield self.hearing
         if self.fast is not None:
-            sums, last = drain(self.mine[unit.index]), Op.AGREE in ops
-            done = yield from self.fast.journey(unit, sums, self.turns, key, last=last)
+            done = yield from self.fast.journey(unit, mine, turns, key, last=Op.AGREE in ops)
             self.results |= {unit.index: done} if done is not None else {}
             return
         if Op.REDUCE in ops:
-            came = yield from self._reduce(unit, tree, leaf.turn, key)
+            came = yield from self._reduce(unit, mine, tree, leaf.turn, key)
         if Op.AGREE in ops:
             yield from self._agree(unit, tree, turns, key, borrowed=came is not None)
         if came is not None:
@@ -348,17 +354,32 @@ class Gradients:
         pending.wait()
         self.told |= {n for n, column in zip(names, told.unbind(1), strict=True) if bool(column.any())}
 
-    def _learn_weights(self, leaf: Leaf) -> None:
-        """Once a turn: everybody hears the weights of everybody's leaves so far."""
-        if self.weights_known >= leaf.turn:
+    def _say_weights(self, leaf: Leaf) -> None:
+        """Once a turn: everybody hears the weights of everybody's leaves so far, and computes on until then."""
+        if self.weights_said >= leaf.turn:
             return
-        self.weights_known = leaf.turn
+        self.hear_weights()
+        self.weights_said = leaf.turn
         turns = self.turns
         mine = turns.of(self.mesh.cell)
         if leaf.number is not None:
             turns.weights[leaf.number] = leaf.weight
-        payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine))
-        answers = self.meeting.meet(Want.REDUCE, leaf.serial, payload.ljust(8 * turns.leaves, b"\0"), model=self.number)
+        payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine)).ljust(8 * turns.leaves, b"\0")
+        self.hearing = self.meeting.begin(Want.REDUCE, leaf.serial, payload, model=self.number)
+        if self.ordered or leaf.cursor is None:
+            self.hear_weights()
+
+    def hear_weights(self) -> None:
+        """Wait until all have said theirs; gradients that wait for that begin their journeys, all of them in order."""
+        hearing, self.hearing = self.hearing, None
+        if hearing is None:
+            return
+        self._learn(hearing.answers())
+        for index in [i for i, journey in self.flows.items() if journey.pending is hearing]:
+            self._continue(index)
+
+    def _learn(self, answers: Sequence[bytes]) -> None:
+        turns = self.turns
         if isinstance(self.mesh.world.carrier, Meter):
             turns.assume_full()  # in a dry run everybody answers what this rank says
             return
@@ -366,9 +387,10 @@ class Gradients:
             theirs = turns.of(self.mesh.cell_of(rank))
             turns.learn(dict(zip(theirs, struct.unpack_from(f"<{len(theirs)}d", answer), strict=True)))
 
-    def _reduce(self, unit: Unit, tree: Sums, turn: int, key: str) -> Generator[Pending, None, Pending | None]:
+    def _reduce(
+        self, unit: Unit, mine: list[tuple[Node, Weighed[Sum]]], tree: Sums, turn: int, key: str
+    ) -> Generator[Pending, None, Pending | None]:
         shard = self.mesh.shard
-        mine = drain(self.mine[unit.index])
         first = self.mesh.cell - shard.rank
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
