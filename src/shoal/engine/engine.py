@@ -338,7 +338,7 @@ class Engine:
         if self.settled or self.decided is None:
             return
         self.updates.flush()
-        self.gradients.finish()
+        self.gradients.journeys.finish()
         for unit in self.gradients.units:
             self.gradients.hand_out(unit, self.decided.touched, apart=self.decided.apart)
         self.settled = True
