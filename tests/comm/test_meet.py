@@ -6,8 +6,9 @@ import struct
 from collections.abc import Sequence
 
 import pytest
+import torch
 
-from shoal.comm.group import LAST_DOING, Group
+from shoal.comm.group import LAST_DOING, Done, Group, Sharing
 from shoal.comm.meet import Intent, Meeting, Want
 from shoal.comm.meter import Meter
 from shoal.comm.threads import run
@@ -22,10 +23,11 @@ class Script(Group):
         super().__init__("world", range(1 + len(rounds[0])), Meter(0, 1 + len(rounds[0])))
         self.rounds = list(rounds)
 
-    def share(self, verb: str, data: bytes) -> list[bytes]:
+    def begin_share(self, verb: str, data: bytes) -> Sharing:
         assert verb == "meet"
         tail = data[16:]
-        return [data, *(struct.pack("<qii", number, want, 0) + tail.upper() for want, number in self.rounds.pop(0))]
+        told = [struct.pack("<qii", number, want, 0) + tail.upper() for want, number in self.rounds.pop(0)]
+        return Sharing(Done(), [torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in (data, *told)])
 
 
 def meeting(*rounds: Sequence[tuple[Want, int]]) -> tuple[Meeting, list[int]]:
@@ -40,6 +42,18 @@ def test_all_want_the_same() -> None:
     met.make_room(2)  # it only grows
     assert met.room == 3
     assert met.meet(Want.STEP, 4, b"ab") == [b"ab", b"AB", b"AB"]
+    assert granted == []
+
+
+def test_who_says_it_early_goes_on_and_the_next_meeting_waits() -> None:
+    met, granted = meeting([(Want.REDUCE, 1)], [(Want.STEP, 0)])
+    met.make_room(2)
+    begun = met.begin(Want.REDUCE, 1, b"ab")
+    assert met.latest is begun
+    assert met.meet(Want.STEP) == [b""] * 2
+    assert met.latest is None
+    assert begun.ready()
+    assert begun.answers() == [b"ab", b"AB"]
     assert granted == []
 
 

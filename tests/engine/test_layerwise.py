@@ -91,7 +91,7 @@ def test_one_unit_of_gradients(name: str, world: int, leaves: int) -> None:
 
             def look(*_: object) -> None:
                 now = job.memory()
-                under_way = sum(j.nbytes for j in engine.gradients.flows.values())
+                under_way = sum(j.nbytes for j in engine.gradients.journeys.under_way.values())
                 peaks = {e.name: e for e in now.entries if e.kind == "gradients"}
                 for entry in peaks.values():
                     assert entry.now <= entry.peak, entry

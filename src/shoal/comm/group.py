@@ -215,6 +215,18 @@ def new_strips(like: Like) -> Strips:
     return torch.split(flat, list(like.sizes))
 
 
+class Sharing(NamedTuple):
+    """Everybody's bytes on their way to everybody."""
+
+    pending: Pending
+    boxes: Sequence[Tensor]
+
+    def bytes(self) -> list[bytes]:
+        """All of them, when they have come."""
+        self.pending.wait()
+        return [box.numpy().tobytes() for box in self.boxes]
+
+
 class Group:
     """Some ranks of the job that exchange with each other.
 
@@ -314,13 +326,13 @@ class Group:
 
     def share(self, verb: str, data: bytes) -> list[bytes]:
         """Everybody gets everybody's bytes, in the order of the group. All must have the same length."""
-        if self.size == 1:
-            return [data]
+        return self.begin_share(verb, data).bytes()
+
+    def begin_share(self, verb: str, data: bytes) -> Sharing:
+        """Like `share`, for who does something else meanwhile."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        boxes = [torch.empty_like(mine) for _ in self.ranks]
-        boxes[self.rank] = mine
-        self.swap(verb, [[[mine]]] * self.size, [[[box]] for box in boxes]).wait()
-        return [box.numpy().tobytes() for box in boxes]
+        boxes = [torch.empty_like(mine) if r != self.rank else mine for r in range(self.size)]
+        return Sharing(self.swap(verb, [[[mine]]] * self.size, [[[box]] for box in boxes]), boxes)
 
     def share_any(self, verb: str, data: bytes) -> list[bytes]:
         """Like `share`, for bytes of any length."""

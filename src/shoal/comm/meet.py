@@ -6,11 +6,11 @@ What is overlapped (a planned leaf) does not meet at every unit: its order was f
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from shoal.comm.group import LAST_DOING, Group
+from shoal.comm.group import LAST_DOING, Group, Sharing, Strips
 from shoal.errors import DivergedError
 
 
@@ -92,6 +92,7 @@ class Meeting:
 
     def __init__(self, world: Group) -> None:
         self.world, self.room = world, 0
+        self.latest: Met | None = None  # to which not all have come, as far as this rank knows
         self.granters: list[Callable[[int], None]] = []  # each takes part in gathering units of one model
 
     def make_room(self, nbytes: int) -> None:
@@ -104,23 +105,68 @@ class Meeting:
         Raises:
             DivergedError: ranks want different things, with what each of them wants.
         """
+        return self.begin(want, number, payload, model=model).answers()
+
+    def begin(self, want: Want, number: int = 0, payload: bytes = b"", *, model: int = 0) -> Met:
+        """Say it, and do something else until the others have said theirs. The next meeting waits for this one."""
         mine = Intent(want, number, model)
         assert len(payload) <= self.room, f"{mine}: {len(payload)} bytes do not fit into {self.room}"
+        if self.latest is not None:
+            self.latest.answers()
         self.world.carrier.note(str(mine))
-        while True:
-            heads = self.world.share("meet", _HEAD.pack(number, want, model) + payload.ljust(self.room, b"\0"))
+        self.latest = Met(self, mine, payload)
+        return self.latest
+
+    def say(self, intent: Intent, payload: bytes) -> Sharing:
+        head = _HEAD.pack(intent.number, intent.want, intent.model)
+        return self.world.begin_share("meet", head + payload.ljust(self.room, b"\0"))
+
+
+class Met:
+    """One meeting; all ranks have come to it when `answers` returns."""
+
+    def __init__(self, meeting: Meeting, intent: Intent, payload: bytes) -> None:
+        self.meeting, self.intent, self.payload = meeting, intent, payload
+        self._sharing = meeting.say(intent, payload)
+        self._answers: list[bytes] | None = None
+
+    def ready(self) -> bool:
+        return self._answers is not None or self._sharing.pending.ready()
+
+    def wait(self) -> Sequence[Strips]:
+        self.answers()
+        return ()
+
+    def release(self) -> None:
+        return
+
+    def answers(self) -> list[bytes]:
+        """The payloads of all ranks. See `Meeting.meet`."""
+        while self._answers is None:
+            heads = self._sharing.bytes()
             intents = [Intent(Want(w), n, m) for n, w, m in (_HEAD.unpack_from(h) for h in heads)]
             needed = [i.number for i in intents if i.want is Want.GATHER]
-            if not needed and all(i == mine for i in intents):
-                return [h[_HEAD.size : _HEAD.size + len(payload)] for h in heads]
-            if not needed:
+            if needed:
+                self._grant(min(needed))
+            elif all(i == self.intent for i in intents):
+                self._end([h[_HEAD.size : _HEAD.size + len(self.payload)] for h in heads])
+            else:
                 raise DivergedError(
                     "ranks do different things: " + "; ".join(f"rank {r} {i}" for r, i in enumerate(intents)),
                     cause="different numbers of batches, or a branch that only some ranks take",
                     remedy="let job.loader or a prepared loader hand out batches; keep calls of the job out of "
                     "`if job.rank == 0`",
                 )
-            for grant in self.granters:
-                grant(min(needed))
-            if mine[:2] == (Want.GATHER, min(needed)):
-                return []
+        return self._answers
+
+    def _grant(self, unit: int) -> None:
+        """Take part in gathering a unit, and come back; but for who has come for just that."""
+        for grant in self.meeting.granters:
+            grant(unit)
+        if self.intent[:2] == (Want.GATHER, unit):
+            self._end([])
+        else:
+            self._sharing = self.meeting.say(self.intent, self.payload)
+
+    def _end(self, answers: list[bytes]) -> None:
+        self._answers, self.meeting.latest = answers, None

@@ -313,6 +313,7 @@ class Engine:
         while self.turn < self.turns.count:  # serve ranks that have more leaves
             self._open(None, 0.0)
             self.end_leaf()
+        self.gradients.hear_weights()
         self.updates.catch_up(wait=True)
         names = self.gradients.names
         bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)
@@ -337,7 +338,7 @@ class Engine:
         if self.settled or self.decided is None:
             return
         self.updates.flush()
-        self.gradients.finish()
+        self.gradients.journeys.finish()
         for unit in self.gradients.units:
             self.gradients.hand_out(unit, self.decided.touched, apart=self.decided.apart)
         self.settled = True

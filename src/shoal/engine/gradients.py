@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Common, Done, Pending
-from shoal.comm.meet import Meeting, Want
+from shoal.comm.group import Common, Pending
+from shoal.comm.meet import Meeting, Met, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.comm.pool import Pool
@@ -19,35 +18,16 @@ from shoal.engine.away import AwayGrad
 from shoal.engine.cells import local_gradient
 from shoal.engine.exchange import agree, swap
 from shoal.engine.fast import Axes, Fast
+from shoal.engine.journeys import LIMIT, Gate, Journeys
 from shoal.engine.leaf import Leaf
 from shoal.engine.scale import LossScale, Overflow
+from shoal.engine.strips import not_finite, strips_of
 from shoal.engine.sums import Flow, Mean, Sum, Sums, between, drain, even_bounds, keep, new_tree, own
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.errors import OrderError
-from shoal.layout import Span
-from shoal.leaves import Weighed
+from shoal.leaves import Node, Weighed
 from shoal.rules import Moment, Op, Rules
-
-IN_FLIGHT = 2**27
-"""Bytes of gradients under way at the same time."""
-
-
-@dataclass(slots=True, eq=False)
-class Journey:
-    """A unit's gradients on their way. `nbytes`: of the whole unit; `through`: past its gate."""
-
-    flow: Flow
-    pending: Pending
-    nbytes: int
-    through: bool = False
-
-
-class Gate(Done):
-    """What lies behind it must not go before others: on a long way, what is needed first goes first."""
-
-    def ready(self) -> bool:
-        return False
 
 
 class Gradients:
@@ -82,19 +62,13 @@ class Gradients:
         self.pool = Pool(kept=1) if layerwise else Pool()
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
-        self.in_flight = largest if layerwise else IN_FLIGHT
+        self.journeys = Journeys(ordered=mesh.world.carrier.ordered, limit=largest if layerwise else LIMIT)
         guard = partial(AwayGrad, layerwise=layerwise)
         self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
         self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}
         self.held: dict[str, Tensor] = {}  # of this leaf, between two backward calls
         self.added: set[str] = set()  # those of them that autograd has added to, and nobody has seen yet
         self.stale: set[str] = set()  # parameters with gradients that the user should have zeroed
-        self.flows: dict[int, Journey] = {}  # by unit, the oldest first
-        self.ordered = mesh.world.carrier.ordered
-        self.gated = False  # do results stop on their way until those that are needed earlier have come as far?
-        self.order: Sequence[int] = ()
-        self.arrived: Callable[[int], None] = lambda _unit: None
-
         self.results: dict[int, Mean] = {}
         self.commons: dict[int, Common | None] = {}
         self.in_common = False  # may pieces have gradients that lie in memory of several ranks?
@@ -109,7 +83,8 @@ class Gradients:
         self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs) for u in self.units}
         self.sums: dict[int, Sums] = {u: new_tree(turns.twigs) for u in self.mine}
         self.growing: dict[int, tuple[int, Weighed[Sum]]] = {}  # per unit: leaves so far of the twig, and their sum
-        self.weights_known = -1
+        self.weights_said = -1
+        self.hearing: Met | None = None  # weights of leaves that are not all known yet
 
     # ---------------------------------------------------------------- in a leaf
 
@@ -185,7 +160,7 @@ class Gradients:
                 grads[name] = local_gradient(grad, param)
         if leaf.number is not None:
             self.touched |= leaf.touched & unit.params.keys() if leaf.weight else set()
-            value = Sum(self._strips(unit, grads, leaf.number)) if leaf.weight else None
+            value = Sum(self._unscaled(unit, strips_of(unit, grads), leaf.number)) if leaf.weight else None
             self._put(unit, leaf.number, Weighed(value, leaf.weight if leaf.weight else None))
         if self._last(leaf):
             for absent in self.turns.absent(self.mesh.cell):
@@ -201,43 +176,17 @@ class Gradients:
         else:
             self.growing[unit.index] = (count + 1, total)
 
-    def _strips(self, unit: Unit, grads: dict[str, Tensor], leaf: int) -> list[Tensor]:
-        """A unit's gradients run by run: large ones as they are, small ones side by side."""
-        with torch.no_grad():
-            strips = [self._strip(unit, grads, spans) for spans in unit.run_spans]
-            if self.scale is not None:
+    def _unscaled(self, unit: Unit, strips: list[Tensor], leaf: int) -> list[Tensor]:
+        """Divided by the loss scale; what has overflowed is remembered."""
+        if self.scale is not None:
+            with torch.no_grad():
                 for strip in strips:
                     strip.mul_(1 / self.scale.scale)
-                if not all(bool(strip.sum().isfinite()) for strip in strips):
-                    self._overflows(unit, strips, leaf)
+                bad = not_finite(unit, strips)
+            if bad:
+                found = Overflow(leaf, min(self.names.index(name) for name in bad))
+                self.overflow = min(found, self.overflow or found)
         return strips
-
-    def _strip(self, unit: Unit, grads: dict[str, Tensor], spans: Sequence[Span]) -> Tensor:
-        dtype, first = unit.dtypes.reduce, spans[0]
-        if unit.alone:
-            if first.name in grads:
-                return _as_it_is(unit, first.name, grads[first.name], dtype)
-            return torch.zeros(unit.pieces[first.name].shape, dtype=dtype, device=unit.device)
-        if len(spans) == 1 and first.name in grads:
-            return _flat(unit, first.name, grads[first.name], dtype)
-        strip = torch.zeros(spans[-1].stop - first.start, dtype=dtype, device=unit.device)
-        there = [s for s in spans if s.name in grads]
-        if there:
-            views = [strip[s.start - first.start : s.stop - first.start] for s in there]
-            flat = [_flat(unit, s.name, grads[s.name], None) for s in there]
-            torch._foreach_copy_(views, flat)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        return strip
-
-    def _overflows(self, unit: Unit, strips: Sequence[Tensor], leaf: int) -> None:
-        whole = Sum(strips)
-        bad = [
-            s.name
-            for s in unit.layout.spans
-            if not all(bool(t.isfinite().all()) for t in whole.between(unit.runs, s.start, s.stop))
-        ]
-        if bad:
-            found = Overflow(leaf, min(self.names.index(name) for name in bad))
-            self.overflow = min(found, self.overflow or found)
 
     # ---------------------------------------------------------------- on their way
 
@@ -245,75 +194,15 @@ class Gradients:
         """Send a unit's gradients on their way, as far as the rules say in this turn."""
         last = self._last(leaf)
         ops = [r.op for r in self.rules if last or not r.last]
-        self._learn_weights(leaf)
-        self.wait_for(unit)  # those of the turn before
+        self._say_weights(leaf)
+        self.journeys.wait_for(unit.index)  # those of the turn before
         if Op.AGREE in ops and self.fast is None and unit.index not in self.commons:  # all start in one order
             numel = unit.mine.stop - unit.mine.start
             common = None if self.layerwise else self.mesh.copies.common(numel, unit.dtypes.reduce, unit.device)
             self.commons[unit.index] = common  # it would stay: a unit's gradients are to be gone before the next one's
         flow = self._journey(unit, ops, leaf)
         flow = self._telling(unit, flow, leaf) if self.layerwise and last else flow
-        first = next(flow, None)
-        if first is not None:
-            self.flows[unit.index] = Journey(flow, first, unit.numel * unit.dtypes.reduce.itemsize)
-        while sum(j.nbytes for j in self.flows.values()) > self.in_flight and self._moving() not in (None, unit.index):
-            self._continue(self._moving())
-
-    def _moving(self) -> int | None:
-        """The oldest on its way to a gate, or to its end where there are none.
-
-        Waiting for it, not for any other, is what no ranks can do in a circle: all have started them in one order, and
-        who waits for a later one has brought this one as far as others need it.
-        """
-        return next((i for i, j in self.flows.items() if not j.through and not isinstance(j.pending, Gate)), None)
-
-    def all_started(self, order: Sequence[int]) -> None:
-        """No more will come in this step: what is behind gates may go on in this order, when all have come there."""
-        self.order = order
-
-    def progress(self) -> None:
-        """Bring everything as far as it gets without waiting; nothing, where what is ready first must not go first."""
-        for index in list(self.flows) if not self.ordered else ():
-            while index in self.flows and self.flows[index].pending.ready():
-                self._continue(index)
-        if self.order and self._moving() is None:
-            for index in self.order:
-                if index in self.flows and not self.flows[index].through:
-                    self.flows[index].through = True
-                    self._continue(index)
-            self.order = ()
-
-    def under_way(self, unit: Unit) -> bool:
-        return unit.index in self.flows
-
-    def wait_for(self, unit: Unit) -> None:
-        """Until a unit's gradients are where they have to be."""
-        while unit.index in self.flows:
-            self.progress()
-            if unit.index in self.flows:
-                through = self.flows[unit.index].through
-                self._continue(unit.index if through else self._moving())
-
-    def finish(self) -> None:
-        """Wait for all that is under way."""
-        self.order = list(self.flows)
-        while self.flows:
-            self.progress()
-            first = next(iter(self.flows), None)
-            self._continue(first if first is not None and self.flows[first].through else self._moving())
-
-    def _continue(self, index: int | None) -> None:
-        """Bring a journey one stage further."""
-        if index is None:
-            return
-        journey = self.flows[index]
-        journey.pending.wait()
-        following = next(journey.flow, None)
-        if following is None:
-            del self.flows[index]
-            self.arrived(index)
-        else:
-            journey.pending = following
+        self.journeys.start(unit.index, flow, unit.numel * unit.dtypes.reduce.itemsize)
 
     def _last(self, leaf: Leaf) -> bool:
         return leaf.turn == self.turns.count - 1
@@ -323,13 +212,16 @@ class Gradients:
         came: Pending | None = None
         key = f"unit {unit.index} turn {leaf.serial}"  # each rank goes on as soon as it can
         turns, tree = self.turns, self.sums[unit.index]  # of this step; a next one may have begun when all is done
+        mine = drain(self.mine[unit.index]) if ops else []  # and those of the next turn may have joined them
+        if self.hearing is not None and ops:
+            yield self.hearing
+            self._learn_weights()
         if self.fast is not None:
-            sums, last = drain(self.mine[unit.index]), Op.AGREE in ops
-            done = yield from self.fast.journey(unit, sums, self.turns, key, last=last)
+            done = yield from self.fast.journey(unit, mine, turns, key, last=Op.AGREE in ops)
             self.results |= {unit.index: done} if done is not None else {}
             return
         if Op.REDUCE in ops:
-            came = yield from self._reduce(unit, tree, leaf.turn, key)
+            came = yield from self._reduce(unit, mine, tree, leaf.turn, key)
         if Op.AGREE in ops:
             yield from self._agree(unit, tree, turns, key, borrowed=came is not None)
         if came is not None:
@@ -348,27 +240,44 @@ class Gradients:
         pending.wait()
         self.told |= {n for n, column in zip(names, told.unbind(1), strict=True) if bool(column.any())}
 
-    def _learn_weights(self, leaf: Leaf) -> None:
-        """Once a turn: everybody hears the weights of everybody's leaves so far."""
-        if self.weights_known >= leaf.turn:
+    def _say_weights(self, leaf: Leaf) -> None:
+        """Once a turn: everybody hears the weights of everybody's leaves so far, and computes on until then."""
+        if self.weights_said >= leaf.turn:
             return
-        self.weights_known = leaf.turn
+        self.hear_weights()
+        self.weights_said = leaf.turn
         turns = self.turns
         mine = turns.of(self.mesh.cell)
         if leaf.number is not None:
             turns.weights[leaf.number] = leaf.weight
-        payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine))
-        answers = self.meeting.meet(Want.REDUCE, leaf.serial, payload.ljust(8 * turns.leaves, b"\0"), model=self.number)
+        payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine)).ljust(8 * turns.leaves, b"\0")
+        self.hearing = self.meeting.begin(Want.REDUCE, leaf.serial, payload, model=self.number)
+        if self.journeys.ordered or leaf.cursor is None:
+            self.hear_weights()
+
+    def hear_weights(self) -> None:
+        """Wait until all have said theirs; gradients that wait for that begin their journeys."""
+        hearing = self.hearing
+        if hearing is not None:
+            self._learn_weights()
+            self.journeys.passed(hearing)
+
+    def _learn_weights(self) -> None:
+        hearing, self.hearing = self.hearing, None
+        if hearing is None:
+            return
+        turns = self.turns
         if isinstance(self.mesh.world.carrier, Meter):
             turns.assume_full()  # in a dry run everybody answers what this rank says
             return
-        for rank, answer in enumerate(answers):
+        for rank, answer in enumerate(hearing.answers()):
             theirs = turns.of(self.mesh.cell_of(rank))
             turns.learn(dict(zip(theirs, struct.unpack_from(f"<{len(theirs)}d", answer), strict=True)))
 
-    def _reduce(self, unit: Unit, tree: Sums, turn: int, key: str) -> Generator[Pending, None, Pending | None]:
+    def _reduce(
+        self, unit: Unit, mine: list[tuple[Node, Weighed[Sum]]], tree: Sums, turn: int, key: str
+    ) -> Generator[Pending, None, Pending | None]:
         shard = self.mesh.shard
-        mine = drain(self.mine[unit.index])
         first = self.mesh.cell - shard.rank
         theirs = [self.turns.given(first + r, turn) for r in range(shard.size)]
         assert theirs[shard.rank] == [(n, Weighed(True if w.value else None, w.weight)) for n, w in mine], unit
@@ -388,7 +297,7 @@ class Gradients:
             return
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
         bounds = even_bounds(start, stop, copies.size)
-        gate = Gate() if self.gated else None
+        gate = Gate() if self.journeys.gated else None
         self.results[unit.index] = yield from agree(
             copies, bounds, runs, drain(tree), theirs, turns.divisor, turns.twigs, self.pool, like,
             self.commons.get(unit.index), key, gate, unit.index,
@@ -443,25 +352,6 @@ class Gradients:
         """Pieces have gradients from the end of a step's last leaf to the update only."""
         for piece, guard in self.piece_guards[unit.index]:
             piece.grad = guard
-
-
-def _as_it_is(unit: Unit, name: str, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient in its own shape: where nothing travels, nothing needs to lie in a row."""
-    if grad.requires_grad:
-        grad = grad.detach()
-    if unit.orders:
-        grad = unit.as_it_lies(name, grad)
-    if not grad.is_contiguous():
-        grad = grad.contiguous()
-    return grad if grad.dtype is dtype else grad.to(dtype)
-
-
-def _flat(unit: Unit, name: str, grad: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A gradient as its parameter lies in memory, without a copy where it lies so already. Not under autograd."""
-    if grad.requires_grad:  # create_graph=True
-        grad = grad.detach()
-    flat = (unit.as_it_lies(name, grad) if unit.orders else grad).reshape(-1)
-    return flat if dtype is None or flat.dtype is dtype else flat.to(dtype)
 
 
 def _meet_in(means: Sequence[Mean]) -> None:

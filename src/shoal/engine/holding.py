@@ -107,7 +107,7 @@ def plan_of(binding: Binding) -> Plan:
         units=units,
         pending=waiting + (engine.twig > 1),  # a twig under way is a sum of its own
         every_leaf=engine.every_leaf, turns=engine.turns.count, pool=engine.gradients.pool.kept, ranks=mesh.data.size,
-        in_flight=engine.gradients.in_flight,
+        in_flight=engine.gradients.journeys.limit,
         ahead=residence.ahead if residence else largest if engine.budgeted else max(AHEAD, 2 * largest),
         in_use=residence.in_use if residence and engine.budgeted else None,
         kept=(residence.most if residence else whole) if engine.budgeted else 0,

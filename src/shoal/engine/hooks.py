@@ -39,7 +39,7 @@ def install(engine: Engine, compute: torch.dtype, keep: Sequence[nn.Module] = ()
             handles += _kept(module, compute)
     blocks, ends = _blocks(engine.units)
     for block, units in blocks.items():
-        if engine.gathers or engine.overlap or engine.gradients.gated or compute != torch.float32:
+        if engine.gathers or engine.overlap or engine.gradients.journeys.gated or compute != torch.float32:
             handles += _block(engine, block, units, ends.pop(block, []), compute)
     for block, finished in ends.items() if engine.overlap else ():
         handles.append(_inner(engine, block, finished))

@@ -191,7 +191,7 @@ class Presence:
         """Start all that needs no waiting."""
         if self.leaf is not None and self.leaf.cursor is not None:
             self._start()
-            self.gradients.progress()
+            self.gradients.journeys.progress()
             self.updates.catch_up()
 
     def _start(self) -> None:

@@ -107,7 +107,7 @@ def build(model: nn.Module, optimizers: Sequence[Optimizer], w: Wanted) -> Bindi
         scale=LossScale() if s.precision == "float16" else None,
     )  # fmt: skip
     engine.say = w.say
-    engine.gradients.gated = w.pending and not alone
+    engine.gradients.journeys.gated = w.pending and not alone
     engine.budgeted, engine.room = w.budget.limit is not None, partial(w.budget.room, w.number)
     handles = install(engine, compute_dtype(s), kept(model, w.float32))
     binding = Binding(engine, optimizers, names, s, w.ended, w.prefix)

@@ -57,7 +57,8 @@ class Turns:
         return turn == self.count - 1 or (self.every_leaf and turn % self.twig == self.twig - 1)
 
     def learn(self, weights: Mapping[int, float]) -> None:
-        self.weights.update(weights)
+        """Nobody knows (NaN) the weights of leaves to come; who hears late may have one of those by now."""
+        self.weights.update({leaf: weight for leaf, weight in weights.items() if not math.isnan(weight)})
 
     def assume_full(self) -> None:
         """Leaves of unknown weight are full ones."""

@@ -43,7 +43,8 @@ class Updates:
 
     def __init__(self, gradients: Gradients, renew: Callable[[Unit, Decided], None]) -> None:
         self.gradients, self.renew = gradients, renew
-        gradients.arrived = self._arrived
+        self.journeys = gradients.journeys
+        self.journeys.arrived = self._arrived
         self.waiting: dict[int, Unit] = {}  # for their gradients
         self.updated: dict[int, Unit] = {}  # and not brought together again
         self.coming: dict[int, Unit] = {}
@@ -70,8 +71,8 @@ class Updates:
         """Update units whose gradients have come. `wait`: all that are followed."""
         for unit in list(self.following.values()):
             if wait:
-                self.gradients.wait_for(unit)
-            if not self.gradients.under_way(unit):
+                self.journeys.wait_for(unit.index)
+            if unit.index not in self.journeys.under_way:
                 self._arrived(unit.index)
 
     def _arrived(self, index: int) -> None:
@@ -94,22 +95,22 @@ class Updates:
             self.waiting[unit.index] = unit
             if later:
                 unit.hide()
-        self.gradients.all_started([u.index for u in self.waiting.values()])
+        self.journeys.all_started([u.index for u in self.waiting.values()])
         if not later:
             self.flush()
 
     def advance(self) -> None:
         """Do what can be done without waiting."""
-        if self.gradients.ordered or not (self.waiting or self.updated):
+        if self.journeys.ordered or not (self.waiting or self.updated):
             return
-        self.gradients.progress()
-        self._update([u for u in self.waiting.values() if not self.gradients.under_way(u)])
+        self.journeys.progress()
+        self._update([u for u in self.waiting.values() if u.index not in self.journeys.under_way])
         self._renew_in_order()
 
     def bring(self, unit: Unit) -> None:
         """Return when the unit is up to date."""
         if unit.index in self.waiting:
-            self.gradients.wait_for(unit)
+            self.journeys.wait_for(unit.index)
             self._update([unit])
         if unit.index in self.updated:
             self._renew(unit)
@@ -118,7 +119,7 @@ class Updates:
 
     def ready(self, unit: Unit) -> bool:
         """Would `bring` return at once?"""
-        return unit.index not in self.waiting or not self.gradients.under_way(unit)
+        return unit.index not in self.waiting or unit.index not in self.journeys.under_way
 
     def flush(self) -> None:
         """Bring all units up to date."""
@@ -126,7 +127,7 @@ class Updates:
             self.advance()
             if self.waiting:
                 first = next(iter(self.waiting.values()))
-                self.gradients.wait_for(first)
+                self.journeys.wait_for(first.index)
                 self._update([first])
         for unit in list(self.updated.values()):
             self._renew(unit)
