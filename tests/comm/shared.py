@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from shoal.comm import host
+from shoal.comm.common import Currency, Seen
 from shoal.comm.mpi import Mpi, Requests
 from shoal.comm.pairwise import Gloo, Works
-from shoal.comm.shared_memory import Currency, Letters, Seen, Shared
+from shoal.comm.shared_memory import Letters, Shared
 from shoal.start import find_carrier
 from tests.comm.carriers import TIMEOUT
 

@@ -17,7 +17,7 @@ import shoal
 from shoal import start
 from shoal.checkpoint import write
 from shoal.comm import watch
-from shoal.comm.shared_memory import Seen
+from shoal.comm.common import Seen
 from shoal.errors import ShoalError
 from tests.pool import Result
 

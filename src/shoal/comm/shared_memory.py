@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.comm.arena import Arena, Fence, View
+from shoal.comm.arena import Arena, View
+from shoal.comm.common import MARK, Lacks, Seen
 from shoal.comm.group import Box, Common, Done, Kept, Like, MakeSums, Parcel, Pending, Strips, new_strips
 from shoal.comm.pairwise import Gloo
 from shoal.comm.rings import CLOSED, FAILED, INLINE, Message, Ring
@@ -34,13 +35,8 @@ _LONGER = 0.02
 """By what share of itself sleeping may prolong a wait."""
 _SLEEP = 0.001
 """Seconds of the longest sleep."""
-_MARK = 64
-"""Bytes of a word that one rank writes and others read: a line of the cache."""
 _ALIVE = 0.02
 """Seconds between two looks at whether the others live."""
-
-Lacks = Callable[[], int | None]
-"""The rank for which something waits; None: for nobody any more."""
 
 
 class Neighbour(NamedTuple):
@@ -144,7 +140,7 @@ class Shared:
         tag = zlib.crc32(f"{label}/{numel}/{dtype}".encode())
         if self.rank == ranks[0]:
             view: View = self.arena
-            offset = self.arena.take(_MARK * len(ranks) + numel * dtype.itemsize, fresh=True)
+            offset = self.arena.take(MARK * len(ranks) + numel * dtype.itemsize, fresh=True)
             for peer in others:
                 self.near[peer].ring.send(tag, 8, offset.to_bytes(8, "little"))
         else:
@@ -154,7 +150,7 @@ class Shared:
             view = ring.theirs
             offset = view.words[message.offset // 8]
             ring.done_with(message)
-        return Seen(self, label, view, offset, ranks, (numel, dtype))
+        return Seen(self.rank, self.until, label, view, offset, ranks, (numel, dtype))
 
     # ---------------------------------------------------------------- transfers
 
@@ -361,49 +357,6 @@ class Letters:
             ring, message = self.read.pop()
             ring.done_with(message)
         self.far.release()
-
-
-class Seen:
-    """Memory that ranks of this host have in common: a word for each that counts what it published, then the data."""
-
-    def __init__(
-        self, carrier: Shared, label: str, view: View, offset: int, ranks: Sequence[int], about: tuple[int, torch.dtype]
-    ) -> None:  # fmt: skip
-        self.carrier, self.label, self.words, self.fence = carrier, label, view.words, Fence()
-        self.marks = {rank: (offset + n * _MARK) // 8 for n, rank in enumerate(ranks)}
-        self.count = 0
-        self.data = view.tensor(offset + len(ranks) * _MARK, *about)
-
-    def publish(self) -> None:
-        self.count += 1
-        self.fence()
-        self.words[self.marks[self.carrier.rank]] = self.count
-
-    def current(self) -> Pending:
-        return Currency(self, self.count)
-
-
-class Currency:
-    """Until all members have published `count` times."""
-
-    def __init__(self, seen: Seen, count: int) -> None:
-        self.seen, self.count = seen, count
-
-    def lacks(self) -> int | None:
-        """A member that has not yet."""
-        words, count = self.seen.words, self.count
-        return next((rank for rank, mark in self.seen.marks.items() if words[mark] < count), None)
-
-    def ready(self) -> bool:
-        return self.lacks() is None
-
-    def wait(self) -> Sequence[Strips]:
-        self.seen.carrier.until(self.lacks, self.seen.label)
-        self.seen.fence()
-        return ()
-
-    def release(self) -> None:
-        return
 
 
 def _about(box: Strips | Like) -> tuple[tuple[int, ...], torch.dtype]:

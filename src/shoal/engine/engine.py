@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
-from shoal.engine.autograd import at_end_of_backward, graph_task
 from shoal.engine.buffers import Buffers
 from shoal.engine.fast import Axes
 from shoal.engine.gradients import Gradients
 from shoal.engine.leaf import Leaf, LeafInfo
-from shoal.engine.presence import Presence, shares
+from shoal.engine.moments import Moments
+from shoal.engine.presence import Presence
 from shoal.engine.residence import Residence, Room
 from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.schedule import Act, Cursor, Record, fullest, in_order
@@ -25,8 +23,7 @@ from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around, together
 from shoal.engine.updates import Decided, Updates
-from shoal.engine.visits import Visits
-from shoal.errors import OrderError, PlanError
+from shoal.errors import OrderError
 from shoal.leaves import Assignment
 from shoal.random import mix
 from shoal.rules import Moment, Op, Rules, every_leaf
@@ -62,16 +59,14 @@ class Engine:
         self.number, self.scale = number, scale
         self.all_turns = False
         self.model, self.units, self.mesh, self.meeting, self.overlap = model, list(units), mesh, meeting, overlap
-        self.rules = {m: [r for r in rules if r.moment is m] for m in Moment}
         self.gradients = Gradients(units, mesh, meeting, rules, number, scale, axes, layerwise=layerwise)
         self.updates = Updates(self.gradients, self._renew)
         self.presence = Presence(self.units, meeting, number, self.gradients, self.updates)
-        self.visits = Visits(self._let_go)
+        self.moments = Moments(self.units, rules, self.presence, self.gradients, self.updates, lambda: self.last)
         self.set_leaves(assignment, leaves, twig)
         self.plan: Residence | None = None
         self.budgeted = False
         self.room: Callable[[], Room | None] = lambda: None  # for wholes, where there is a budget
-        self.expected = Counter[int]()
         self.coming: LeafInfo | None = None
         self.steps, self.turn, self.turns_done = 0, 0, 0
         self.settled = False
@@ -83,7 +78,6 @@ class Engine:
         self.say: Callable[[str], None] = lambda _text: None
         self.before_open: Callable[[], None] = lambda: None
         self.updater: Callable[[], Callable[[Sequence[Unit]], None]] | None = None  # of layerwise updates
-        self.begun_most = 0  # bytes of gradients of units whose backward was under way at the same time
         self.grads_written: Callable[[], bool] = lambda: True  # may whoever updates write to gradients?
         self.buffers = Buffers(model, mesh.data)
         self.on_open: Callable[[Engine, Leaf], None] = lambda _engine, _leaf: None
@@ -93,9 +87,9 @@ class Engine:
     def set_leaves(self, assignment: Assignment, leaves: int, twig: int) -> None:
         """Fix the leaves of a step. Only between steps."""
         self.assignment, self.leaves, self.twig = assignment, leaves, twig
-        self.every_leaf = every_leaf(self.rules[Moment.AFTER_BACKWARD])
+        self.every_leaf = every_leaf(self.moments.rules[Moment.AFTER_BACKWARD])
         away = any(not u.resident for u in self.units)
-        self.gathers = away and any(r.op is Op.GATHER for r in self.rules[Moment.BEFORE_FORWARD])
+        self.gathers = away and any(r.op is Op.GATHER for r in self.moments.rules[Moment.BEFORE_FORWARD])
         self.meeting.make_room(max(8 * leaves, len(self.gradients.names) // 8 + 2 + _OVERFLOW.size))
         self._new_step(leaves)
 
@@ -130,6 +124,11 @@ class Engine:
     def sizes(self) -> dict[int, int]:
         """Bytes that every unit takes while it is whole, beyond what rests."""
         return {u.index: 0 if u.resident or u.common else u.numel * u.dtypes.compute.itemsize for u in self.units}
+
+    @property
+    def last(self) -> bool:
+        """Is this rank in the step's last turn?"""
+        return self.turn >= self.turns.count - 1
 
     @property
     def recording(self) -> bool:
@@ -175,7 +174,7 @@ class Engine:
             self._meet(Want.LEAF, self.turns_done)
         self.leaf = Leaf(number, weight, self.turn, self.turns_done, None)
         if self.plan is not None:
-            after = self.turn < self.turns.count - 1
+            after = not self.last
             course = self.plan.course(before=bool(self.presence.carried), after=after)
             reduces = self.turns.reduces(self.turn)
             self.leaf.cursor = Cursor(tuple(e for e in course.entries if reduces or e.act is Act.GATHER))
@@ -211,7 +210,7 @@ class Engine:
         acted = self.turn == 0
         if leaf is not None:
             self.gradients.drop_held(leaf)
-            self.visits.forget()
+            self.moments.visits.forget()
             self.presence.free_all()
             self.buffers.end(self.mesh.cell if acted else None, 1.0)
         changed = self._meet(Want.ASIDE, self.steps, bytes([self.buffers.changed])) if acted else []
@@ -267,7 +266,7 @@ class Engine:
         elif self.turns.reduces(self.turn):
             for unit in trainable:
                 self.gradients.start(unit, leaf)
-        self.visits.forget()
+        self.moments.visits.forget()
         self.presence.free_all(leaf.stay)
         if self.plan is None and self.overlap:
             self._make_plan(leaf)
@@ -288,7 +287,7 @@ class Engine:
         events = in_order(record, around(self.units), reduced, together(self.units))
         sizes, room = self._agreed()
         self.plan = Residence(events=events, sizes=sizes, room=room, carry=self.turns.count > 1 and not self.all_turns)
-        self.presence.residence, self.expected = self.plan, record.times
+        self.presence.residence, self.moments.expected = self.plan, record.times
         if room is not None:
             self.say(str(self.plan))
 
@@ -365,7 +364,7 @@ class Engine:
         """A unit's update is over: its parameters become whole again where they rest."""
         unit.narrow(lambda name: mix("round", self.seed, decided.step, name))
         unit.updated()
-        for rule in self.rules[Moment.AFTER_UPDATE]:
+        for rule in self.moments.rules[Moment.AFTER_UPDATE]:
             if rule.op is Op.GATHER:
                 unit.gather(f"unit {unit.index} step {decided.step}")
 
@@ -384,163 +383,3 @@ class Engine:
     def discard(self, names: Collection[str]) -> None:
         """`zero_grad()` for some parameters: in mid-leaf it forgets what this leaf has gathered for them."""
         self.gradients.discard(names, self.leaf)
-
-    # ---------------------------------------------------------------- moments
-
-    def at(self, moment: Moment, unit: Unit, *ops: Op) -> None:
-        """Do what the rules say; `ops`: only these."""
-        last = self.turn >= self.turns.count - 1
-        for rule in self.rules[moment]:
-            if (not ops or rule.op in ops) and (last or not rule.last):
-                self._do(rule.op, unit)
-
-    def _do(self, op: Op, unit: Unit) -> None:
-        match op:
-            case Op.GATHER if self.leaf is None and unit.resident:
-                unit.gather()
-            case Op.GATHER:
-                self.presence.need(unit)
-            case Op.FREE:
-                self.presence.free(unit)
-            case Op.REDUCE | Op.AGREE:
-                raise AssertionError(f"{op} travels: see Gradients.start")
-
-    def before_forward(self, units: Iterable[Unit], block: nn.Module) -> None:
-        self.visits.enter(units, block)
-        for unit in units:
-            self.updates.bring(unit)
-            if self.recording and self.leaf is not None:
-                self.leaf.entered.append(unit.index)
-            self.at(Moment.BEFORE_FORWARD, unit)
-        self.updates.advance()
-
-    def after_forward(
-        self, units: Iterable[Unit], block: nn.Module, outputs: Sequence[Tensor], *, recomputing: bool
-    ) -> None:  # fmt: skip
-        """Free the units of a block, unless its backward is near or would go unnoticed."""
-        for unit in units:
-            if recomputing or unit.resident or self.leased:
-                continue
-            if any(shares(t, unit.whole) for t in outputs) or (
-                torch.is_grad_enabled() and not any(t.requires_grad for t in outputs)
-            ):
-                self.presence.keep(unit)
-            elif self.visits.leave(unit, block):
-                self.at(Moment.AFTER_FORWARD, unit)
-
-    def forward_ends(self) -> None:
-        """The model's output is there. What follows may be its backward, if a leaf is under way."""
-        if self.leaf is None:
-            self.visits.end()
-
-    def _let_go(self, unit: Unit) -> None:
-        """Nobody is inside a unit of several blocks any more, and something else is entered."""
-        self.at(Moment.AFTER_FORWARD, unit, Op.FREE)
-
-    def before_backward(self, units: Iterable[Unit], block: nn.Module) -> None:
-        """The gradient of a block's output is there."""
-        if self.leaf is None:
-            raise self._no_leaf()
-        entered = self._call(self.leaf)
-        self.visits.enter(units, block)
-        for unit in units:
-            entered.add(unit.index)
-            self.at(Moment.BEFORE_BACKWARD, unit)
-            if torch.is_grad_enabled():  # create_graph=True: there will be a backward through this backward
-                self.presence.keep(unit)
-
-    def backward_begins(self) -> None:
-        """The gradient of one of the model's outputs is there."""
-        if self.leaf is not None:
-            self._call(self.leaf)
-
-    def _call(self, leaf: Leaf) -> set[int]:
-        """At the first sign of a backward call, ask for a sign at its end. Returns the units that it has entered."""
-        call = graph_task()
-        if call not in leaf.backwards:
-            self.updates.flush()  # of units that the forward did not enter
-            leaf.backwards[call] = set()
-            at_end_of_backward(lambda: self.backward_done(call))
-        return leaf.backwards[call]
-
-    def after_backward(self, units: Iterable[Unit], block: nn.Module, ends: Iterable[tuple[Unit, int]]) -> None:
-        """The gradient of a block's input is there: all that came after it is done."""
-        if self.leaf is not None:
-            if not units:  # of the blocks around: plans put what they lack before that
-                self.visits.end()
-            for unit, end in ends:
-                self._complete(unit, end)
-            for unit in units:
-                if self.visits.leave(unit, block):
-                    self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
-            self.presence.pump()
-
-    def _complete(self, unit: Unit, end: int) -> None:
-        """The backward of one of a unit's ends is over for now; the first leaf has shown whether for good."""
-        leaf = self.leaf
-        assert leaf is not None
-        if end in leaf.fresh:
-            leaf.fresh.discard(end)
-            leaf.record.add(Act.REDUCE, unit.index, end)
-            if leaf.cursor is not None and leaf.record.times[end] == self.expected[end]:
-                leaf.complete[unit.index] += 1
-                if leaf.complete[unit.index] == len(unit.ends):  # an end without gradients is waited for in vain
-                    self.gradients.take(unit, leaf)
-
-    def after_gradient(self, unit: Unit, name: str, param: Tensor) -> None:
-        """One gradient has been added. Called once per parameter: it does no more than it must."""
-        leaf = self.presence.leaf
-        if leaf is None:
-            raise self._no_leaf()
-        if graph_task() not in leaf.backwards:
-            self._call(leaf)
-        if self.gradients.added or self.gradients.stale:
-            self.gradients.show(name, param)
-        if not unit.here:
-            self.presence.check_here(unit)
-        leaf.fresh.add(unit.end_of[name])
-        leaf.touched.add(name)
-        self._count(unit, leaf)
-        if unit.index in leaf.done:
-            raise PlanError(
-                f"'{name}' got a gradient after those of {unit} had been handed on",
-                cause="more backward calls, or other uses of a block, than in the first leaf",
-                remedy="shoal.init(..., overlap=False) reduces at optimizer.step(), after any number",
-            )
-
-    def _count(self, unit: Unit, leaf: Leaf) -> None:
-        if self.gradients.layerwise and unit.index not in leaf.begun:
-            leaf.begun.add(unit.index)
-            under_way = [u for u in self.units if u.index in leaf.begun and not _over(u, leaf)]
-            self.begun_most = max(self.begun_most, sum(u.layout.used * u.dtypes.compute.itemsize for u in under_way))
-
-    def _no_leaf(self) -> OrderError:
-        return OrderError(
-            "backward without a training forward of the prepared model since optimizer.step()",
-            cause="the model is in eval() mode, or backward runs inside job.whole, or after step()",
-            remedy="model.train(); then forward, backward and optimizer.step() in this order",
-        )
-
-    def backward_done(self, call: int) -> None:
-        """A backward call is over. It may have run inside another, as some checkpointing does."""
-        leaf = self.leaf
-        if leaf is None:
-            return
-        entered = leaf.backwards.pop(call, set())
-        over = [u for u in reversed(self.units) if not leaf.backwards or u.index in entered]
-        self.visits.leave_all(over, for_good=not leaf.backwards)
-        for unit in over:
-            for end in unit.ends if leaf.fresh else ():
-                self._complete(unit, end)
-            if not unit.merged:
-                self.at(Moment.AFTER_BACKWARD, unit, Op.FREE)
-        if not leaf.backwards:
-            self.gradients.hide()
-        self.presence.pump()
-
-
-def _over(unit: Unit, leaf: Leaf) -> bool:
-    """Are all of its gradients there, as far as anybody knows in this leaf?"""
-    if leaf.cursor is not None:
-        return unit.index in leaf.done
-    return all(leaf.record.times[end] and end not in leaf.fresh for end in unit.ends)

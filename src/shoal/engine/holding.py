@@ -111,7 +111,7 @@ def plan_of(binding: Binding) -> Plan:
         ahead=residence.ahead if residence else largest if engine.budgeted else max(AHEAD, 2 * largest),
         in_use=residence.in_use if residence and engine.budgeted else None,
         kept=(residence.most if residence else whole) if engine.budgeted else 0,
-        layerwise=engine.begun_most if engine.gradients.layerwise else None,
+        layerwise=engine.moments.begun_most if engine.gradients.layerwise else None,
         received=max(group.hosts.received(group.rank) for group in (mesh.shard, mesh.copies)),
     )  # fmt: skip
 

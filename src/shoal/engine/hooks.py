@@ -45,7 +45,7 @@ def install(engine: Engine, compute: torch.dtype, keep: Sequence[nn.Module] = ()
         handles.append(_inner(engine, block, finished))
     for unit in engine.units:
         for name, param in unit.params.items() if unit.trainable else ():
-            after = partial(engine.after_gradient, unit, name)
+            after = partial(engine.moments.after_gradient, unit, name)
             handles += [cast(Handle, param.register_post_accumulate_grad_hook(after))]
     handles.append(engine.model.register_forward_hook(_after_root(engine, compute), always_call=False))
     return handles
@@ -133,8 +133,8 @@ def _after_root(engine: Engine, compute: torch.dtype) -> Callable[[nn.Module, Ar
         if scale is not None and engine.leaf is not None:
             output = each_tensor(output, lambda t: leaving(t, scale))
         for tensor in tensors(output):
-            _at_node(tensor, engine.backward_begins)
-        engine.forward_ends()
+            _at_node(tensor, engine.moments.backward_begins)
+        engine.moments.forward_ends()
         return output
 
     return after
@@ -154,7 +154,7 @@ def _inner(engine: Engine, module: nn.Module, ends: list[End]) -> Handle:
     """A module inside a block, with a unit of its own: it only says when its gradients are there."""
 
     def input_done(_grad: Tensor) -> None:
-        engine.after_backward((), module, ends)
+        engine.moments.after_backward((), module, ends)
 
     def before(_module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if torch.is_grad_enabled() and not in_backward():
@@ -169,10 +169,10 @@ def _block(
     engine: Engine, block: nn.Module, units: list[Unit], ends: list[End], compute: torch.dtype
 ) -> list[Handle]:  # fmt: skip
     def input_done(_grad: Tensor) -> None:
-        engine.after_backward(units, block, ends)
+        engine.moments.after_backward(units, block, ends)
 
     def before(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        engine.before_forward(units, block)
+        engine.moments.before_forward(units, block)
         if torch.is_grad_enabled() and not in_backward():
             for tensor in tensors((args, kwargs)):
                 if tensor.grad_fn is not None:
@@ -185,8 +185,8 @@ def _block(
         found = tensors(output)
         if torch.is_grad_enabled():
             for tensor in found:
-                _at_node(tensor, lambda: engine.before_backward(units, block))
-        engine.after_forward(units, block, found, recomputing=in_backward())
+                _at_node(tensor, lambda: engine.moments.before_backward(units, block))
+        engine.moments.after_forward(units, block, found, recomputing=in_backward())
 
     return [
         block.register_forward_pre_hook(before, with_kwargs=True),
