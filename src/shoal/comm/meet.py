@@ -40,6 +40,7 @@ class Want(IntEnum):
     ONCE = 44
     EVALUATE = 45
     PRETRAINED = 46
+    REPORT = 47
 
 
 _WORDS = {
@@ -66,6 +67,7 @@ _WORDS = {
     Want.ONCE: "is in job.once",
     Want.EVALUATE: "is in job.evaluate",
     Want.PRETRAINED: "is in job.load_pretrained",
+    Want.REPORT: "is in loader.report of epoch {}",
 }
 
 
