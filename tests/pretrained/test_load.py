@@ -192,7 +192,11 @@ def write_zero(state: State, path: Path, stage: int, ranks: int, paddings: list[
             parts[rank].append(torch.cat([p[rank] for p in pieces]))
     shapes = [{n: t.shape for n, t in group.items()} for group in groups]
     for rank in range(ranks):
-        optimizer: dict[str, object] = {"zero_stage": ZeroStageEnum(stage), "partition_count": ranks, "loss_scaler": LossScaler()}
+        optimizer: dict[str, object] = {
+            "zero_stage": ZeroStageEnum(stage),
+            "partition_count": ranks,
+            "loss_scaler": LossScaler(),
+        }
         optimizer["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] = parts[rank]
         if paddings:
             optimizer["param_alignment_paddings"] = [paddings[: len(g)] for g in groups]
