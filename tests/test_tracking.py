@@ -245,6 +245,13 @@ def test_mlflow(library: Stand) -> None:
     ]  # fmt: skip
 
 
+def test_names_that_mlflow_refuses(library: Stand) -> None:
+    tracker = MLflow("birds")
+    tracker.begin({})
+    tracker.log(1, {"acc@1": 0.5, "val/loss (mean)": 2.0})
+    assert library.calls[-1] == ("log_metrics", ({"acc_1": 0.5, "val/loss _mean_": 2.0},), {"step": 1})
+
+
 @pytest.mark.parametrize(
     ("make", "extra"), [(lambda: TensorBoard("x"), "tensorboard"), (lambda: WandB("x"), "wandb"), (lambda: MLflow("x"), "mlflow")],
     ids=["tensorboard", "wandb", "mlflow"],

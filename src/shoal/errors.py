@@ -8,7 +8,8 @@
     |   |-- SettingError        E02  unknown setting, or a value that does not fit
     |   |-- BatchError          E03  global batch, micro-batch and leaves contradict each other
     |   |-- ModelError          E04  a model that cannot be trained as it is
-    |   `-- OptimizerError      E05  an optimizer that cannot be used as it is
+    |   |-- OptimizerError      E05  an optimizer that cannot be used as it is
+    |   `-- DataError           E06  a data set that cannot be read as it was described
     |-- AwayError               E10  something was touched that is not on this rank now
     |-- ProgramError            the program and its plan disagree
     |   |-- DivergedError       E20  ranks do different things
@@ -91,6 +92,12 @@ class OptimizerError(ConfigError):
     """An optimizer that cannot be used as it is."""
 
     code = "E05"
+
+
+class DataError(ConfigError):
+    """A data set that cannot be read as it was described."""
+
+    code = "E06"
 
 
 class AwayError(ShoalError):

@@ -22,7 +22,7 @@ from shoal.collectives import agree
 from shoal.comm.meet import Meeting, Want
 from shoal.data.feed import LeafFeed
 from shoal.data.loader import Loader, SeededBatch, remake, steps_of_loader
-from shoal.data.stream import StreamLoader
+from shoal.data.stream import StreamLoader, read_through
 from shoal.engine.precision import each_tensor
 from shoal.errors import BatchError, DivergedError, SettingError
 from shoal.leaves import Node, Tree
@@ -201,11 +201,15 @@ def _deal(loader: Iterable[object], feed: LeafFeed) -> _Dealt:
         first, last = len(batches) * cell // cells, len(batches) * (cell + 1) // cells
         mine = [SeededBatch(batches[n], mix("evaluate", feed.seed, n)) for n in range(first, last)]
         return _Dealt(zip(range(first, last), remake(source, mine), strict=True), len(batches), lambda: len(batches))
+    if isinstance(loader, DataLoader) and isinstance(cast("DataLoader[object]", loader).dataset, IterableDataset):
+        read: Iterable[object] = read_through(cast("DataLoader[object]", loader), mix("evaluate", feed.seed))
+    else:
+        read = cast("Iterable[object]", loader)
     seen = [0]
 
     def stream() -> Iterator[tuple[int, object]]:
         everything(mix("evaluate", feed.seed))  # an order that is drawn is drawn alike on all ranks
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(read):
             seen[0] = number + 1
             if number % cells == cell:
                 yield number, batch
@@ -222,7 +226,7 @@ def _counted(loader: Iterable[object], feed: LeafFeed) -> tuple[DataLoader[objec
         steps = steps_of_loader(source, feed.seed, lambda _text: None)
     else:
         return None
-    return source, [batch.indices for leaves in steps(0, feed.leaves) for batch in leaves]
+    return source, [batch.indices for leaves in steps(0, feed.leaves) for batch in leaves if batch.indices]
 
 
 def _streams(loader: DataLoader[object]) -> bool:

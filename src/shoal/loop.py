@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shoal.average import Average
 from shoal.base import Base
-from shoal.data.loader import Loader, check_batch, steps_of_dataset, steps_of_loader
+from shoal.data.loader import Loader, steps_of_loader
 from shoal.data.micro import check_count, end_leaf, micro_steps
+from shoal.data.partition import Key, steps_of
 from shoal.data.stream import StreamLoader
 from shoal.engine import habits
 from shoal.errors import OrderError
@@ -28,25 +29,33 @@ class Looping(Base):
     def loader(
         self, dataset: Dataset[T], *, global_batch: int, shuffle: bool = True, drop_last: bool = False,
         workers: int = 0, collate_fn: Callable[[list[T]], object] | None = None,
+        partition: str = "row", key: Key | None = None, pin_memory: bool = False, prefetch: int | None = None,
     ) -> Loader[T]:  # fmt: skip
         """A loader that hands out the same leaves whatever the world size.
 
         Args:
-            dataset: map-style.
+            dataset: map-style; it need not fit into memory (`shoal.data.TokenFile`, `shoal.data.FileShards`).
             global_batch: samples of one step; a multiple of the leaves.
             shuffle: a new order every epoch, from the job's seed.
             drop_last: leave out a last step that is not full.
             workers: processes that prepare batches; they change no numbers.
             collate_fn: makes a batch of samples; None: torch's.
+            partition: "row": leaves are cut out of one order of all samples. "file", "key": all samples of a file, or
+                with one key, belong to one leaf in every epoch, so that leaves may run out of data one after the other.
+            key: for "key": a function of a sample's number, or one value for every sample.
+            pin_memory: batches in pinned memory, for faster copies to an accelerator.
+            prefetch: batches that each worker prepares ahead; None: 2.
 
         Raises:
-            BatchError: the leaves do not divide the global batch.
+            BatchError: the leaves do not divide the global batch, or partition and data set do not fit together.
         """
-        check_batch(global_batch, self.leaves)
-        steps = steps_of_dataset(
-            cast(Dataset[object], dataset), self.seed, global_batch, shuffle=shuffle, drop_last=drop_last
+        steps = steps_of(
+            cast(Dataset[object], dataset), self.seed, global_batch, self.leaves,
+            shuffle=shuffle, drop_last=drop_last, partition=partition, key=key,
+        )  # fmt: skip
+        source = DataLoader(
+            dataset, num_workers=workers, collate_fn=collate_fn, pin_memory=pin_memory, prefetch_factor=prefetch
         )
-        source = DataLoader(dataset, num_workers=workers, collate_fn=collate_fn)
         loader = Loader(self._feed, source, steps)
         return self._keep(loader)
 

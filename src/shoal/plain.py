@@ -24,8 +24,9 @@ from shoal.comm.meet import Meeting
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Alone
 from shoal.data.feed import LeafFeed
-from shoal.data.loader import Handed, LeafBatch, Loader, Steps, check_batch, steps_of_dataset, steps_of_loader
+from shoal.data.loader import Handed, LeafBatch, Loader, Steps, steps_of_loader
 from shoal.data.micro import check_count, micro_steps
+from shoal.data.partition import Key, steps_of
 from shoal.engine.leaf import Leaf, LeafInfo
 from shoal.engine.turns import Turns
 from shoal.errors import SettingError
@@ -192,9 +193,12 @@ class PlainJob:
     def loader(
         self, dataset: Dataset[object], *, global_batch: int, shuffle: bool = True, drop_last: bool = False,
         workers: int = 0, collate_fn: Callable[[list[object]], object] | None = None,
+        partition: str = "row", key: Key | None = None, **_how: object,
     ) -> Loader[object]:  # fmt: skip
-        check_batch(global_batch, self.leaves)
-        steps = steps_of_dataset(dataset, self.seed, global_batch, shuffle=shuffle, drop_last=drop_last)
+        steps = steps_of(
+            dataset, self.seed, global_batch, self.leaves,
+            shuffle=shuffle, drop_last=drop_last, partition=partition, key=key,
+        )  # fmt: skip
         return self._loader(DataLoader(dataset, num_workers=workers, collate_fn=collate_fn), steps)
 
     def _wrap(self, source: DataLoader[object]) -> Loader[object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ def samples(count: int = 56) -> TensorDataset:
 def trainer(
     strategy: str | Strategy, *, make_optimizer: MakeOptimizer = adamw, clip: float | None = 0.5, epochs: int = 1,
     global_batch: int = 24, make_model: Callable[[], nn.Module] = Everything, units: int | None = None,
-    **settings: object,
+    loading: Mapping[str, object] | None = None, **settings: object,
 ) -> Callable[[int], Outcome | None]:  # fmt: skip
     """The program of one rank: train and return the outcome on rank 0. 56 samples: the last step is short."""
 
@@ -96,7 +96,7 @@ def trainer(
         with shoal.init(strategy, run_dir="none", device="cpu", **settings) as job:
             model = make_model()
             model, optimizer = job.prepare(model, make_optimizer(model), units=units)
-            loader = job.loader(samples(), global_batch=global_batch)
+            loader = job.loader(samples(), global_batch=global_batch, **(loading or {}))
             losses: list[float] = []
             for _ in range(epochs):
                 losses += epoch(job, model, optimizer, loader, clip)

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,12 @@ class LossScaler:
     """Stands for an object of DeepSpeed's in its files."""
 
 
+class ZeroStageEnum(int, Enum):
+    """The stage is one, too."""
+
+    one, two, three = 1, 2, 3
+
+
 def write_zero(state: State, path: Path, stage: int, ranks: int, paddings: list[int] | None = None) -> Path:
     """The folder of a step as DeepSpeed lays it out; `paddings` after each parameter."""
     folder = path / "global_step7"
@@ -185,17 +192,24 @@ def write_zero(state: State, path: Path, stage: int, ranks: int, paddings: list[
             parts[rank].append(torch.cat([p[rank] for p in pieces]))
     shapes = [{n: t.shape for n, t in group.items()} for group in groups]
     for rank in range(ranks):
-        optimizer: dict[str, object] = {"zero_stage": stage, "partition_count": ranks, "loss_scaler": LossScaler()}
+        optimizer: dict[str, object] = {
+            "zero_stage": ZeroStageEnum(stage),
+            "partition_count": ranks,
+            "loss_scaler": LossScaler(),
+        }
         optimizer["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] = parts[rank]
         if paddings:
             optimizer["param_alignment_paddings"] = [paddings[: len(g)] for g in groups]
         torch.save({"optimizer_state_dict": optimizer}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        whole = {n: t.clone() for n, t in state.items() if stage < 3 or n.startswith("norm.")}
         model = {
-            "module": {n: t.clone() for n, t in state.items() if n.startswith("norm.")}, "param_shapes": shapes,
+            "module": whole, "param_shapes": shapes,
             "buffer_names": ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"],
             "shared_params": {"out.weight": "embed.weight"}, "frozen_param_shapes": {frozen: state[frozen].shape},
             "frozen_param_fragments": {frozen: cut(state[frozen], ranks)[rank] if stage == 3 else state[frozen]},
         }  # fmt: skip
+        if stage == 1:
+            model["frozen_param_shapes"] = model["frozen_param_fragments"] = None
         if stage == 3:
             torch.save(model, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         elif rank == 0:
@@ -217,7 +231,8 @@ def test_deepspeed(
     stage: int, ranks: int, paddings: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The objects of DeepSpeed's in the files are left out: it need not be installed. Rank 10 comes after rank 9."""
-    monkeypatch.setattr(LossScaler, "__module__", "deepspeed.runtime.fp16.loss_scaler")
+    for kind in (LossScaler, ZeroStageEnum):
+        monkeypatch.setattr(kind, "__module__", "deepspeed.runtime.fp16.loss_scaler")
     monkeypatch.setattr(pickle, "whichmodule", lambda _obj, _name: "deepspeed.runtime.fp16.loss_scaler", raising=False)
     path = saved_with_foreign_objects(lambda: write_zero(weights(), tmp_path, stage, ranks, paddings))
     monkeypatch.undo()
@@ -240,7 +255,8 @@ def saved_with_foreign_objects(write: Callable[[], Path]) -> Path:
     before = {name: sys.modules.get(name) for name in names}
     for name in names:
         sys.modules[name] = ModuleType(name)
-    sys.modules[names[-1]].LossScaler = LossScaler  # type: ignore[attr-defined]
+    for kind in (LossScaler, ZeroStageEnum):
+        setattr(sys.modules[names[-1]], kind.__name__, kind)
     try:
         return write()
     finally:

@@ -1,4 +1,4 @@
-"""A checkpoint's model for other programs: safetensors in the model's own names, as Hugging Face lays it out."""
+"""A checkpoint's model for other programs, in its own names: as Hugging Face lays it out, or as torch writes it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ CHUNK = 1 << 24
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+FORMATS = ("safetensors", "pt", "distributed")
+PT, METADATA = "model.pt", ".metadata"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +39,7 @@ class Exported:
     """What `export` has written.
 
     Args:
-        files: safetensors files, in order.
+        files: what was written, in order.
         index: which tensor is in which of them; None for a single file.
         tensors: how many.
         bytes: of all tensors.
@@ -64,13 +67,16 @@ class Item:
 
 
 def export(
-    path: str | Path, out: str | Path, *, model: str = "", dtype: str | None = None, max_shard_size: int | str = "5GB"
+    path: str | Path, out: str | Path, *, model: str = "", dtype: str | None = None,
+    max_shard_size: int | str | None = None, format: str = "safetensors",
 ) -> Exported:  # fmt: skip
-    """Write a checkpoint's parameters and buffers as `model.safetensors`, or as shards and an index.
+    """Write a checkpoint's parameters and buffers as `model.safetensors`, or as shards and an index, or for torch.
 
     Names are those of the model's own state dict. A tied parameter is stored once, under its first name, as
     transformers expects; its other names are in the file's metadata, where `safetensors.torch.load_model` looks.
     No more than one buffer, one stored piece, one parameter in channels_last or `CHUNK` elements are in memory at once.
+
+    torch's own formats hold every tensor under all of its names, and the whole model is in memory while it is written.
 
     Args:
         path: a checkpoint, or a directory of them: the latest.
@@ -78,39 +84,79 @@ def export(
         model: the name that a model has in a job of several.
         dtype: "float32", "bfloat16" or "float16" for all floating tensors; None: as stored.
         max_shard_size: of a file's tensors, in bytes or as "5GB" (10**9 each) or "5GiB". A larger tensor has a file of
-            its own.
+            its own. None: 5GB.
+        format: "safetensors"; "pt": a state dict in `model.pt`, which `torch.load(weights_only=True)` reads;
+            "distributed": `out` is a checkpoint of `torch.distributed.checkpoint`, as FSDP's programs read it.
 
     Raises:
-        SettingError: there is no such model, dtype or size.
+        SettingError: there is no such model, dtype, size or format.
         CheckpointError, DamagedError, ResumeError: the checkpoint cannot be used.
         SaveError: it could not be written, or `out` holds a model. Nothing new is left.
     """
+    if format not in FORMATS:
+        raise SettingError(f"format={format!r} is not known", remedy=nearest(format, FORMATS))
+    if format != "safetensors" and max_shard_size is not None:
+        raise SettingError(f"max_shard_size= with format={format!r}, which is never cut", remedy="leave it out")
     reader, out = Reader(latest(Path(path))), Path(out)
     items = _items(reader.manifest, _prefix(reader.manifest, model), _dtype(dtype))
-    shards = _shards(items, _size(max_shard_size))
+    most = _size("5GB" if max_shard_size is None else max_shard_size)
     chosen = {(item.entry.kind, item.entry.name) for item in items}
     check_digests(reader.manifest, [e for e in reader.manifest.entries if (e.kind, e.name) in chosen])
     aliases = _aliases(reader.manifest, _prefix(reader.manifest, model), {item.name for item in items})
+    try:
+        with _Beside(out) as beside:
+            if format == "safetensors":
+                _write_safetensors(beside, reader, _shards(items, most), aliases)
+            else:
+                _write_torchs(beside, _state(reader, items, aliases), distributed=format == "distributed")
+    except OSError as e:
+        raise SaveError(f"{out} was not written: {e}", remedy="put this right and export again") from e
+    return Exported(
+        files=tuple(out / name for name in beside.names if name != _INDEX),
+        index=out / _INDEX if _INDEX in beside.names else None,
+        tensors=len(items), bytes=sum(item.bytes for item in items), aliases=aliases,
+    )  # fmt: skip
+
+
+def _write_safetensors(
+    beside: _Beside, reader: Reader, shards: Sequence[Sequence[Item]], aliases: Mapping[str, str]
+) -> None:  # fmt: skip
     names = [_SINGLE] if len(shards) == 1 else [
         f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))
     ]  # fmt: skip
-    total = sum(item.bytes for item in items)
-    try:
-        with _Beside(out) as beside:
-            for name, shard in zip(names, shards, strict=True):
-                with beside.open(name) as file:
-                    for raw in _content(reader, shard, aliases):
-                        file.write(raw)
-            if len(shards) > 1:
-                where = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
-                index = {"metadata": {"total_size": total}, "weight_map": where}
-                with beside.open(_INDEX) as file:
-                    file.write((json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
-    except OSError as e:
-        raise SaveError(f"{out} was not written: {e}", remedy="put this right and export again") from e
-    files = tuple(out / name for name in names)
-    index_file = out / _INDEX if len(shards) > 1 else None
-    return Exported(files=files, index=index_file, tensors=len(items), bytes=total, aliases=aliases)
+    for name, shard in zip(names, shards, strict=True):
+        with beside.open(name) as file:
+            for raw in _content(reader, shard, aliases):
+                file.write(raw)
+    if len(shards) > 1:
+        where = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
+        index = {"metadata": {"total_size": sum(i.bytes for shard in shards for i in shard)}, "weight_map": where}
+        with beside.open(_INDEX) as file:
+            file.write((json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _write_torchs(beside: _Beside, state: Mapping[str, Tensor], *, distributed: bool) -> None:
+    if distributed:
+        from shoal.checkpoint.distributed import write
+
+        with beside.folder() as folder:
+            write(state, folder)
+        return
+    with beside.open(PT) as file:
+        torch.save(state, file)
+
+
+def _state(reader: Reader, items: Sequence[Item], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state dict in which tied parameters are one tensor under several names."""
+    state: dict[str, Tensor] = {}
+    for item in items:
+        flat = torch.empty(prod(item.entry.shape), dtype=item.dtype)
+        at = 0
+        for part in _parts(reader, item):
+            flat[at : at + part.numel()].copy_(part.reshape(-1))
+            at += part.numel()
+        state[item.name] = flat.view(item.entry.shape)
+    return state | {alias: state[name] for alias, name in aliases.items()}
 
 
 def _prefix(manifest: Manifest, model: str) -> str:
@@ -228,8 +274,22 @@ class _Beside:
             file.flush()
             os.fsync(file.fileno())
 
+    @contextmanager
+    def folder(self) -> Generator[Path]:
+        """A directory to fill, whose files then are as if each had been opened here; `.metadata` is the last one."""
+        folder = self.out / self.mark
+        folder.mkdir()
+        try:
+            yield folder
+            for file in sorted(folder.iterdir(), key=lambda path: path.name == METADATA):
+                self.names.append(file.name)
+                os.rename(file, self.out / f".{file.name}{self.mark}")
+        finally:
+            shutil.rmtree(folder)
+
     def __enter__(self) -> _Beside:
-        there = sorted(p.name for p in self.out.glob("model*.safetensors*"))
+        found = [*self.out.glob("model*.safetensors*"), *self.out.glob("*.distcp"), self.out / PT, self.out / METADATA]
+        there = sorted(p.name for p in found if p.exists())
         if there:
             raise SaveError(f"{self.out} holds a model: {there[0]}", remedy="another directory, or remove it yourself")
         self.out.mkdir(parents=True, exist_ok=True)

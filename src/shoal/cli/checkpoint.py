@@ -64,12 +64,14 @@ def export(
     out: Annotated[Path, typer.Argument(help="A directory; made if missing. It must hold no model.")],
     model: Annotated[str, typer.Option(help="Which one, if the job trained several.")] = "",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as stored.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file: 5GB, 500MB, 2GiB.")] = "5GB",
+    max_shard_size: Annotated[str | None, typer.Option(help="Of a file: 500MB, 2GiB; default 5GB.")] = None,
+    format: Annotated[str, typer.Option(help="safetensors, pt or distributed (torch's).")] = "safetensors",
     as_json: AsJson = False,
 ) -> None:
     """Write the model for other programs: safetensors in its own names, as Hugging Face lays it out.
 
     One file model.safetensors, or shards and model.safetensors.index.json. Tied parameters are stored once.
+    --format pt writes a state dict, model.pt; --format distributed a torch distributed checkpoint.
 
     \b
     Example:
@@ -78,7 +80,7 @@ def export(
     from shoal.checkpoint import export  # imports torch
 
     with errors_told(as_json=as_json):
-        done = export(path, out, model=model, dtype=dtype, max_shard_size=max_shard_size)
+        done = export(path, out, model=model, dtype=dtype, max_shard_size=max_shard_size, format=format)
     if as_json:
         tell_json(asdict(done))
     else:

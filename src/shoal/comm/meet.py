@@ -40,6 +40,7 @@ class Want(IntEnum):
     ONCE = 21
     EVALUATE = 22
     PRETRAINED = 23
+    REPORT = 24
 
 
 _WORDS = {
@@ -66,6 +67,7 @@ _WORDS = {
     Want.ONCE: "is in job.once",
     Want.EVALUATE: "is in job.evaluate",
     Want.PRETRAINED: "is in job.load_pretrained",
+    Want.REPORT: "is in loader.report of epoch {}",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from shoal.comm.meet import Meeting
+from shoal.comm.meet import Meeting, Want
 from shoal.comm.mesh import Mesh
 from shoal.data.loader import Handed
 from shoal.data.mean import Means
@@ -188,6 +188,15 @@ class LeafFeed:
             set_seed(self.seed, self.step)
         else:
             set_states(loop.states)
+
+    def compare(self, epoch: int, mark: bytes, data: bytes, error: Callable[[], Exception]) -> list[bytes]:
+        """See `Feed.compare`."""
+        meeting = self.means.meeting
+        marks = meeting.meet(Want.REPORT, epoch, mark)
+        if len(set(marks)) > 1:
+            raise error()
+        parts = meeting.world.share("report", data)
+        return parts[:: self.mesh.tensor.size]  # ranks of one cell are handed the same
 
     def between_steps(self) -> None:
         """What is drawn now is drawn alike on all ranks."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from shoal.data.usage import Tally, Usage, check_once, usage_of
 from shoal.engine.turns import Turns
 from shoal.errors import BatchError
 from shoal.random import everything, get_states, mix, set_states
@@ -44,6 +48,10 @@ class Feed(Protocol):
         """A loop is over, or was left."""
         ...
 
+    def compare(self, epoch: int, mark: bytes, data: bytes, error: Callable[[], Exception]) -> list[bytes]:
+        """The data of all ranks that have leaves of their own. Raises `error()` if their marks differ. Collective."""
+        ...
+
 
 class Handed(NamedTuple):
     """Which leaf a batch is. `leaf` None: real data, so that user code runs, but nobody needs its gradient.
@@ -65,7 +73,15 @@ class LeafBatch(NamedTuple):
     weight: float
 
 
-Steps = Callable[[int, int], list[list[LeafBatch]]]
+class Planned(Protocol):
+    """The leaves of every step of an epoch. A list, or something that makes a step when it is asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, step: int, /) -> list[LeafBatch]: ...
+    def __iter__(self) -> Iterator[list[LeafBatch]]: ...
+
+
+Steps = Callable[[int, int], Planned]
 """`steps(epoch, leaves)`: the leaves of every step of an epoch."""
 
 
@@ -80,13 +96,20 @@ class Loader(Generic[T_co]):
     After `job.load` the next iteration goes on where the checkpoint was made; `epoch` is then the epoch to go on with.
     An iteration that was left early is over: the next one begins the next epoch. `len()` counts the batches of this
     rank, so it depends on the world size: do not derive numbers of steps from it, such as a schedule's.
+
+    Attributes:
+        once: raise `BatchError` where an epoch begins in which a sampler draws a sample twice. Default False.
     """
+
+    once = False
 
     def __init__(self, feed: Feed, source: DataLoader[T_co], steps: Steps) -> None:
         self.feed, self.source, self.steps = feed, source, steps
         self.epoch, self.next_step = 0, 0
         self.begun = False
         self.made: Callable[[T_co], T_co] = lambda batch: batch  # what is handed out in a batch's place
+        self.tally = Tally(self.epoch, 0)
+        self.plan: Planned = []
 
     @property
     def dataset(self) -> Dataset[T_co]:
@@ -94,37 +117,60 @@ class Loader(Generic[T_co]):
 
     def __len__(self) -> int:
         """Batches that this rank is handed in a whole epoch: fewer where more ranks share a step's leaves."""
-        return len(self._mine(self.steps(self.epoch, self.feed.leaves)))
+        run: dict[int, int] = {}  # by how many leaves a step has
+        total = 0
+        for leaves in self.steps(self.epoch, self.feed.leaves):
+            if len(leaves) not in run:
+                run[len(leaves)] = self.feed.new_turns(len(leaves)).run_by(self.feed.cell)
+            total += run[len(leaves)]
+        return total
 
     def __iter__(self) -> Iterator[T_co]:
         if self.begun:
             self.go_to(self.epoch + 1, 0)
         self.begun = True
-        mine = self._mine(self.steps(self.epoch, self.feed.leaves), self.next_step)
-        batches = [SeededBatch(indices, mix("data", self.feed.seed, self.epoch, s, h.leaf)) for s, h, indices in mine]
+        self.plan = self.steps(self.epoch, self.feed.leaves)
+        if self.once:
+            check_once(self.epoch, ((s, n, b.indices) for s, step in enumerate(self.plan) for n, b in enumerate(step)))
+        self.tally = Tally(self.epoch, self.next_step)
+        ahead: deque[tuple[int, Handed, SeededBatch]] = deque()  # what loader workers already know of
         loop = self.feed.begin()
         try:
-            for (step, handed, _), batch in zip(mine, remake(self.source, batches), strict=True):
+            for batch in remake(self.source, self._batches(ahead)):
+                step, handed, indices = ahead.popleft()
                 self.next_step = step + 1
                 self.feed.hand_out(handed)
+                self.tally.hand_out(indices, used=handed.leaf is not None and handed.weight > 0)
                 yield self.made(batch)
+            self.tally.complete = True
             self.go_to(self.epoch + 1, 0)
         finally:
             self.feed.end(loop)
 
-    def _mine(self, steps: list[list[LeafBatch]], start: int = 0) -> list[tuple[int, Handed, Sequence[int]]]:
-        found: list[tuple[int, Handed, Sequence[int]]] = []
-        for number in range(start, len(steps)):
-            leaves = steps[number]
+    def _batches(self, ahead: deque[tuple[int, Handed, SeededBatch]]) -> Iterator[SeededBatch]:
+        epoch = self.epoch
+        for number in range(self.next_step, len(self.plan)):
+            leaves = self.plan[number]
             turns = self.feed.new_turns(len(leaves))
             turns.learn({leaf: batch.weight for leaf, batch in enumerate(leaves)})
+            full = next(round(len(b.indices) / b.weight) for b in leaves if b.indices)
             for turn in range(turns.run_by(self.feed.cell)):
                 leaf = turns.leaf(self.feed.cell, turn)
                 batch = leaves[leaf or 0]
-                full = round(len(batch.indices) / batch.weight) if batch.weight else 0
-                weight = batch.weight if leaf is not None else 0.0
-                found.append((number, Handed(leaf, weight, turn, turns, full), batch.indices))
-        return found
+                indices = batch.indices or next(b.indices for b in leaves if b.indices)  # a real one, of no weight
+                handed = Handed(leaf, 0.0 if leaf is None else batch.weight, turn, turns, full)
+                made = SeededBatch(indices, mix("data", self.feed.seed, epoch, number, str(leaf)))
+                ahead.append((number, handed, made))
+                yield made
+
+    def report(self) -> Usage:
+        """What the latest epoch has used: counted, and compared with what was planned. Collective, between steps.
+
+        Raises:
+            DivergedError: samplers of ranks draw different samples, or not all that was planned was used.
+        """
+        size = len(cast(Sized, self.dataset))
+        return usage_of(self.tally, ([b.indices for b in step] for step in self.plan), size, self.feed.compare)
 
     def position(self) -> dict[str, int]:
         """Where the next step begins, for a checkpoint."""
@@ -149,22 +195,33 @@ def steps_of_dataset(
         )
     total = len(cast(Sized, dataset))
 
-    def steps(epoch: int, leaves: int) -> list[list[LeafBatch]]:
+    def steps(epoch: int, leaves: int) -> Planned:
         check_batch(global_batch, leaves)
-        full = global_batch // leaves
-        order = list(range(total))
+        order = np.arange(total)
         if shuffle:
-            shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(mix("order", seed, epoch)))
-            order = cast(list[int], shuffled.tolist())
-        stop = total - total % global_batch if drop_last else total
-        made: list[list[LeafBatch]] = []
-        for start in range(0, stop, global_batch):
-            batch = order[start : min(start + global_batch, stop)]
-            cuts = [batch[i : i + full] for i in range(0, len(batch), full)]
-            made.append([LeafBatch(c, len(c) / full) for c in cuts])
-        return made
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(mix("order", seed, epoch))).numpy()
+        return ByRow(order[: total - total % global_batch if drop_last else total], global_batch, leaves)
 
     return steps
+
+
+class ByRow:
+    """Steps that are cut out of an order when they are asked for: 8 bytes a sample, however long the epoch."""
+
+    def __init__(self, order: NDArray[np.int64], global_batch: int, leaves: int) -> None:
+        self.order, self.global_batch, self.full = order, global_batch, global_batch // leaves
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.global_batch)
+
+    def __getitem__(self, step: int) -> list[LeafBatch]:
+        start = step * self.global_batch
+        batch = cast("list[int]", self.order[start : start + self.global_batch].tolist())
+        cuts = [batch[i : i + self.full] for i in range(0, len(batch), self.full)]
+        return [LeafBatch(c, len(c) / self.full) for c in cuts]
+
+    def __iter__(self) -> Iterator[list[LeafBatch]]:
+        return (self[step] for step in range(len(self)))
 
 
 def check_batch(global_batch: int, leaves: int) -> None:
@@ -188,11 +245,14 @@ def steps_of_loader(loader: DataLoader[object], seed: int, say: Callable[[str], 
     if sampler is None:
         raise BatchError("the loader has batch_size=None", remedy="give the DataLoader a batch_size")
     inner = cast(object, getattr(sampler, "sampler", None))
+    full_size = cast("int | None", getattr(sampler, "batch_size", None))
     if isinstance(inner, DistributedSampler):
         data = cast(Sized, loader.dataset)
         inner = RandomSampler(data) if inner.shuffle else SequentialSampler(data)
-        sampler = torch.utils.data.BatchSampler(inner, loader.batch_size or 1, loader.drop_last)
+        drop_last = bool(getattr(sampler, "drop_last", False))
+        sampler = torch.utils.data.BatchSampler(inner, full_size or 1, drop_last)
         say("took the DistributedSampler out of the loader: batches are counted out by leaf")
+    _check_undivided(sampler, inner)
 
     def steps(epoch: int, leaves: int) -> list[list[LeafBatch]]:
         states = get_states()
@@ -205,10 +265,22 @@ def steps_of_loader(loader: DataLoader[object], seed: int, say: Callable[[str], 
             set_epoch(epoch)
         batches = [list(b) for b in sampler]
         set_states(states)
-        full = loader.batch_size or max((len(b) for b in batches), default=1)
+        full = loader.batch_size or full_size or max((len(b) for b in batches), default=1)
         return [[LeafBatch(b, len(b) / full) for b in batches[i : i + leaves]] for i in range(0, len(batches), leaves)]
 
     return steps
+
+
+def _check_undivided(*samplers: object) -> None:
+    """Samplers of other libraries that divide by rank would lose most of every rank's samples."""
+    for sampler in samplers:
+        parts = cast(object, getattr(sampler, "num_replicas", 1))
+        if isinstance(parts, int) and parts > 1:
+            raise BatchError(
+                f"the loader's {type(sampler).__name__} divides the samples by num_replicas={parts}",
+                cause="shoal counts out batches itself: together most samples would never be used",
+                remedy="give the DataLoader the sampler that one process would have",
+            )
 
 
 class SeededBatch(list[int]):
@@ -237,12 +309,12 @@ class SeededDataset:
         return len(cast(Sized, self.dataset))
 
 
-def remake(source: DataLoader[T_co], batches: list[SeededBatch]) -> DataLoader[T_co]:
-    """The same loader, with these batches."""
+def remake(source: DataLoader[T_co], batches: Iterable[SeededBatch]) -> DataLoader[T_co]:
+    """The same loader, with these batches. Its workers live for one epoch."""
     workers = source.num_workers
     return DataLoader(
         cast(Dataset[T_co], SeededDataset(cast(Dataset[object], source.dataset))),
-        batch_sampler=batches,
+        batch_sampler=cast("Iterable[list[int]]", batches),
         num_workers=workers,
         collate_fn=source.collate_fn,
         pin_memory=source.pin_memory,

@@ -72,11 +72,12 @@ class Sharded:
             )
         self.made: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
         groups = [cast("Mapping[str, Sequence[int]]", g) for g in cast("Sequence[object]", models[0]["param_shapes"])]
-        if cast(int, ranks[0]["zero_stage"]) < 3:
-            self._by_group(groups, ranks)
-        else:
+        cut = "fp32_flat_groups" in ranks[0]
+        if cut:  # "zero_stage" says it too, by an enum of DeepSpeed's
             self._by_parameter(groups, [cast("Sequence[Tensor]", r["fp32_flat_groups"]) for r in ranks])
-        self._others(models)
+        else:
+            self._by_group(groups, ranks)
+        self._others(models, cut)
 
     def _by_group(self, groups: Sequence[Mapping[str, Sequence[int]]], ranks: Sequence[Mapping[str, object]]) -> None:
         """Stages 1 and 2: a group is one flat vector, cut into equal parts."""
@@ -99,7 +100,7 @@ class Sharded:
             self.made[name] = (tuple(shape), [p for rank in ranks for p in _span(rank, at, at + each)])
             at += each
 
-    def _others(self, models: Sequence[Mapping[str, object]]) -> None:
+    def _others(self, models: Sequence[Mapping[str, object]], cut: bool) -> None:
         """Buffers, frozen parameters, and tied ones under their other names."""
         first = models[0]
         module = cast("Mapping[str, Tensor]", first["module"])
@@ -114,6 +115,9 @@ class Sharded:
         for name, kept in cast("Mapping[str, str]", first.get("shared_params") or {}).items():
             if kept in self.made:
                 self.made[name] = self.made[kept]
+        if not cut and not frozen:  # stage 1 says nothing of frozen parameters: they lie among the whole ones
+            rest = {name: value for name, value in module.items() if name not in self.made}
+            self.made |= {name: (tuple(value.shape), [value.reshape(-1)]) for name, value in rest.items()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: shape for name, (shape, _) in self.made.items()}

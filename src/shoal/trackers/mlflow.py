@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from shoal.trackers.protocol import check_installed, load
 
+_REFUSED = re.compile(r"[^A-Za-z0-9_\-./ :]")
+"""MLflow takes no metric whose name has one of these."""
+
 
 class MLflow:
-    """A run of MLflow. Its own variables (MLFLOW_TRACKING_URI) hold.
+    """A run of MLflow. Its own variables (MLFLOW_TRACKING_URI) hold. A metric "acc@1" is "acc_1" there.
 
     Args:
         experiment: its name there.
@@ -30,7 +34,7 @@ class MLflow:
         self._mlflow.log_params(dict(settings))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
+        self._mlflow.log_metrics({_REFUSED.sub("_", name): value for name, value in values.items()}, step=step)
 
     def saved(self, step: int, path: Path) -> None:
         self._mlflow.set_tag("checkpoint", str(path))
