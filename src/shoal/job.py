@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shoal import export, resume
 from shoal.average import Average
+from shoal.bench.record import record
 from shoal.checkpoint import check_keep, keep_newest
 from shoal.collectives import Collectives
 from shoal.comm.group import Carrier, current, latest
@@ -166,6 +167,10 @@ class Job(Verbs):
             atexit.register(self.close)
         self._tracked = Tracked(self._say)
         self._tracking = Tracking(self.event, resolved.settings.model_dump())
+        record(
+            os.environ if place.own_process else {}, self._feed, self._tracking, self._bindings,
+            lambda: {name: self.state_dict(binding.model) for name, binding in self._bindings.items()},
+        )  # fmt: skip
         set_seed(self.seed, 0)
         self.event("init", world=carrier.size, strategy=strategy.name)
 
