@@ -176,7 +176,9 @@ def skew(run: Sequence[Record]) -> tuple[float, int | None]:
 def qualities(one: Sequence[Value], many: Sequence[Value]) -> Iterator[Quality]:
     """What was measured, held-out metrics first; means of steps only if nothing with a name was logged."""
     mine, theirs = _series(one), _series(many)
-    keys = sorted({*mine, *theirs}, key=lambda key: ("job.evaluate", "job.log", "job.mean").index(key[0]))
+    keys = sorted(
+        dict.fromkeys([*mine, *theirs]), key=lambda key: ("job.evaluate", "job.log", "job.mean").index(key[0])
+    )
     logged = any(origin == "job.log" for origin, _ in keys)
     for origin, name in keys:
         if origin == "job.mean" and logged:

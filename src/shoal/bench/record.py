@@ -68,6 +68,7 @@ class Bytes(BaseModel):
 
     Attributes:
         rest, most: as the ledger (`job.memory()`) predicts, between steps and at most.
+        exchange: of `rest`, what serves to exchange.
         before: of the process when the job began, in RAM.
         peak: the most that it had since.
         share: what it had in the end, pages that several processes share divided by their number.
@@ -78,6 +79,7 @@ class Bytes(BaseModel):
 
     rest: int
     most: int
+    exchange: int
     before: int
     peak: int
     share: int
@@ -123,11 +125,7 @@ class Asked(NamedTuple):
 def record(
     environ: Mapping[str, str], feed: LeafFeed, tracking: Tracking, bindings: Mapping[str, Binding], states: States
 ) -> None:
-    """Keep a record of this job, if `shoal bench` asks for one.
-
-    Raises:
-        OrderError: another job of the same process has been here.
-    """
+    """Keep a record of this job, if `shoal bench` asks for one."""
     if BENCH in environ:
         wanted = cast("dict[str, object]", json.loads(environ[BENCH]))
         asked = Asked(Path(str(wanted["path"])), int(str(wanted["steps"])))
@@ -149,10 +147,6 @@ class Recorder:
         self._asked, self._feed, self._bindings, self._states = asked, feed, bindings, states
         self._world = feed.mesh.world
         self._file = asked.path / f"rank-{self._world.rank}.json"
-        try:
-            self._file.touch(exist_ok=False)
-        except FileExistsError as e:
-            raise OrderError("a second job of one script", remedy="shoal bench follows one job per script") from e
         carrier = self._world.carrier
         self._clock = carrier.clock if isinstance(carrier, Clocked) else Clock()
         self._steps: list[Step] = []
@@ -171,8 +165,15 @@ class Recorder:
         return time.perf_counter(), self._clock.waited, sum(sent[verb] for verb in _MODEL), self._feed.samples
 
     def _stepped(self) -> None:
-        """Raises SystemExit after the last step that is wanted, on every rank, with code 0."""
+        """Look at the clock.
+
+        Raises:
+            SystemExit: it was the last step that is wanted. With code 0, on every rank.
+            OrderError: another job of the same process has taken steps.
+        """
         now = self._now()
+        if not self._steps:
+            self._claim()
         seconds, waited, sent, samples = (b - a for a, b in zip(self._last, now, strict=True))
         wait = self._clock.longest()
         self._first = self._first if self._steps else self._feed.step - 1
@@ -180,6 +181,12 @@ class Recorder:
         self._last, self._aside = now, False
         if len(self._steps) == self._asked.steps:
             raise SystemExit(0)
+
+    def _claim(self) -> None:
+        try:
+            self._file.touch(exist_ok=False)
+        except FileExistsError as e:
+            raise OrderError("a second job of one script", remedy="shoal bench follows one job per script") from e
 
     def _averaged(self, value: float) -> None:
         self._values.append(Value("job.mean", "", self._feed.step, value))
@@ -217,7 +224,8 @@ class Recorder:
         ledger, device = memory(bindings, self._world), self._device()
         found = measured(device)
         return Bytes(
-            rest=ledger.rest, most=ledger.peak, before=self._before, peak=_status("VmHWM"),
+            rest=ledger.rest, most=ledger.peak, exchange=sum(e.rest for e in ledger.entries if e.kind == "staging"),
+            before=self._before, peak=_status("VmHWM"),
             share=found.get("pages, shared ones by part", 0), device=found.get("tensors on the device at most", 0),
         )  # fmt: skip
 

@@ -60,7 +60,11 @@ def bench(
         one = _go(argv, Asked(Path(directory, "one"), steps or 0), 1, alone)
         if isinstance(one, Outcome):
             return Failed("one worker", one)
-        return make_card(" ".join(argv), one, many, processors=len(os.sched_getaffinity(0)))
+        return make_card(" ".join(argv), one, many, processors=_processors())
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(workers: int, steps: int | None) -> None:

@@ -83,9 +83,9 @@ def _quality(card: Card) -> Iterator[RenderableType]:
 
 def _named(found: Quality, card: Card) -> str:
     step = found.step_many if found.step_many is not None else found.step_one
-    where = [] if found.origin == "job.evaluate" or not found.name else [found.origin]
+    where = [] if found.origin == "job.evaluate" else [found.origin]
     where += [] if step == card.first + card.steps_many else [f"step {step}"]
-    return (found.name or found.origin) + (f" ({', '.join(where)})" if where else "")
+    return (found.name or "mean") + (f" ({', '.join(where)})" if where else "")
 
 
 def _value(value: float | None) -> str:
@@ -101,13 +101,14 @@ def _same(*, same: bool) -> str:
 
 def _memory(card: Card) -> Iterator[RenderableType]:
     device = any(rank.memory.device for rank in card.ranks)
-    columns = ["predicted\nat rest", "predicted\nat most", "process\nat start", "grew by\nat most", "at end,\nby share"]
+    columns = ["predicted\nat rest", "of it to\nexchange", "predicted\nat most"]
+    columns += ["process\nat start", "grew by\nat most", "at end,\nby share"]
     table = _table("\nmemory, MiB", *columns, *(["device\nat most"] if device else []))
     for rank in card.ranks:
         m = rank.memory
         name = "one worker" if rank.workers == 1 else f"rank {rank.rank} of {rank.workers}"
         grown = max(0, m.peak - m.before)
-        numbers = [m.rest, m.most, m.before, grown, m.share, *([m.device] if device else [])]
+        numbers = [m.rest, m.exchange, m.most, m.before, grown, m.share, *([m.device] if device else [])]
         table.add_row(name, *(_mib(n) for n in numbers))
     yield Text("")
     yield table
@@ -146,7 +147,9 @@ def _stability(card: Card) -> Iterator[RenderableType]:
     worst = max(several, key=lambda rank: rank.longest)
     yield Text(f"  the longest wait: {_ms(worst.longest)}, rank {worst.rank} in step {worst.at_step} ('{worst.at}')")
     if any(rank.sent < 0.99 * rank.formula for rank in several):
-        yield Text("  less is sent than by formula where ranks of one host see each other's memory")
+        yield Text(
+            "  less than by formula: ranks of one host see each other's memory, and units may stay for their next use"
+        )
     resumed = f"; both went on from step {card.first} of a checkpoint" if card.first else ""
     yield Text(f"  failures: none; restarts: none{resumed}")
 
