@@ -121,6 +121,7 @@ def test_memory_and_traffic_are_those_of_the_job(told: dict[str, Any]) -> None:
         assert rank["formula"] == 1.5 * parameters
         assert 0.8 * rank["formula"] < rank["sent"] <= rank["formula"]  # the unit stays from forward to backward
         memory = rank["memory"]
+        assert 0 <= rank["starved"] < 1
         assert 0 <= memory["exchange"] < memory["rest"] <= memory["most"]
         assert 50 * 2**20 < memory["before"] <= memory["peak"] < 2**33
         assert 0 < memory["share"] <= memory["peak"]
@@ -238,7 +239,8 @@ def record(
     warm = [step(9.0)] * 3
     return Record(
         rank=rank, world=world, strategy="ddp", leaves=2, device="cpu", first=first, steps=[*warm, *steps],
-        values=list(values), tokens_per_second=[], formula=200.0, sha256="" if rank else sha256, printed=["a 1", "b 2"],
+        values=list(values), tokens_per_second=[], formula=200.0, starved=0.2 * world - 0.1 * rank,
+        sha256="" if rank else sha256, printed=["a 1", "b 2"],
         memory=Bytes(rest=2**20, exchange=2**19, most=2**21, before=2**28, peak=2**29, share=2**27, device=0),
     )  # fmt: skip
 
@@ -295,6 +297,7 @@ def test_a_card_says_what_is_wrong() -> None:
     assert "  skew: rank 0 is the slowest; ranks' computing is 1,000 ms apart in a step (median)" in text
     assert "  the longest wait: 1,500 ms, rank 0 in step 11 ('gather shard #1')" in text
     assert "both went on from step 7 of a checkpoint" in text
+    assert "  processors are busy: rank 0 waited for one 40 % of its time in the run with 2 workers" in text
     assert next(line.split()[-3:] for line in text.splitlines() if line.startswith("sha256")) == [
         "ab...",
         "cd...",

@@ -62,6 +62,7 @@ class Rank:
         computing, waiting: median seconds of a step: all that is no waiting for others, and that.
         longest: seconds of the longest wait in a step that counts, `at_step`, in the transfer `at`.
         sent: bytes of parameters and gradients, median of a step; `formula`: by ZeRO's.
+        starved: the share of its time in which it could have run and had no processor.
     """
 
     workers: int
@@ -74,6 +75,7 @@ class Rank:
     at: str
     sent: float
     formula: float
+    starved: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,4 +212,5 @@ def _rank(record: Record) -> Rank:
         computing=median(step.seconds - step.waited for _, step in steps),
         waiting=median(step.waited for _, step in steps), longest=worst.wait, at_step=record.first + number,
         at=worst.at, sent=median(step.sent for _, step in steps), formula=record.formula,
+        starved=record.starved,
     )  # fmt: skip

@@ -87,7 +87,13 @@ class Bytes(BaseModel):
 
 
 class Record(BaseModel):
-    """What one rank has seen. `first`: steps that a checkpoint had brought; `formula`: bytes to send in a step."""
+    """What one rank has seen.
+
+    Attributes:
+        first: steps that a checkpoint had brought.
+        formula: bytes to send in a step.
+        starved: the share of its time in which it could have run and had no processor; 0 where nobody tells.
+    """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
@@ -102,6 +108,7 @@ class Record(BaseModel):
     tokens_per_second: list[float]
     memory: Bytes
     formula: float
+    starved: float
     sha256: str
     printed: list[str]
 
@@ -159,6 +166,7 @@ class Recorder:
             sys.stdout = cast(TextIO, self._heard)
         feed.after_step, feed.averaged, feed.measured = self._stepped, self._averaged, self._evaluated
         self._last = self._now()
+        self._begun = self._last[0], _starved()
 
     def _now(self) -> tuple[float, float, int, float]:
         sent = self._world.carrier.sent
@@ -235,6 +243,7 @@ class Recorder:
             device=str(self._device()), first=self._first, steps=self._steps, values=self._values,
             tokens_per_second=self._speeds, memory=held, sha256=sha256, printed=list(self._heard.lines),
             formula=sum(_formula(binding) for binding in self._bindings.values()),
+            starved=(_starved() - self._begun[1]) / (time.perf_counter() - self._begun[0]),
         )  # fmt: skip
 
     def _device(self) -> torch.device:
@@ -282,6 +291,13 @@ def _new_peak() -> int:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def _starved() -> float:
+    """Seconds that this process's main thread could have run and had no processor; 0 where the system does not tell."""
+    with suppress(OSError, IndexError):
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
 
 
 def _status(field: str) -> int:

@@ -12,6 +12,7 @@ from shoal.bench.card import Card, Pace, Quality
 
 _MIB = 2**20
 _FIRST = 31  # width of the first column
+_STARVED = 0.1  # worth a line
 
 
 def show(card: Card) -> Iterator[RenderableType]:
@@ -151,7 +152,15 @@ def _stability(card: Card) -> Iterator[RenderableType]:
             "  less than by formula: ranks of one host see each other's memory, and units may stay for their next use"
         )
     resumed = f"; both went on from step {card.first} of a checkpoint" if card.first else ""
+    starved = max(card.ranks, key=lambda rank: rank.starved)
+    if starved.starved > _STARVED:
+        share = f"{100 * starved.starved:.0f} % of its time in the run with {_workers(starved.workers)}"
+        yield Text(f"  processors are busy: rank {starved.rank} waited for one {share}")
     yield Text(f"  failures: none; restarts: none{resumed}")
+
+
+def _workers(count: int) -> str:
+    return f"{count} workers" if count > 1 else "one worker"
 
 
 def _ms(seconds: float) -> str:
