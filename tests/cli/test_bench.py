@@ -322,7 +322,7 @@ def test_the_last_lines_with_a_number() -> None:
     ("shard", "copies", "per_copy", "turns", "bytes_"),
     [
         (Shard.NOTHING, 4, 1, 2, 1.5), (Shard.OPTIMIZER, 1, 4, 2, 1.5), (Shard.GRADIENTS, 1, 4, 1, 1.5),
-        (Shard.GRADIENTS, 1, 4, 2, 2.25), (Shard.PARAMETERS, 1, 4, 1, 2.25), (Shard.PARAMETERS, 2, 2, 1, 2.0),
+        (Shard.GRADIENTS, 1, 4, 2, 2.25), (Shard.PARAMETERS, 1, 4, 1, 2.25), (Shard.PARAMETERS, 2, 2, 1, 2.0), (Shard.PARAMETERS, 1, 4, 2, 4.5),
         (Shard.PARAMETERS, 1, 1, 4, 0.0),
     ],
 )  # fmt: skip
