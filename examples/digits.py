@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import shoal
 
@@ -82,10 +82,9 @@ def train(job: shoal.Job, options: argparse.Namespace) -> tuple[nn.Module, commo
             scheduler.step()
             optimizer.zero_grad()
             common.progress(job, job.mean(loss.detach()), steps)
-    model.eval()
-    with job.whole(model), torch.no_grad():
-        right = model(images[learned:]).argmax(1) == digits[learned:]
-    return model, {"accuracy on held-out images": right.double().mean().item()}
+    held_out = DataLoader(TensorDataset(images[learned:], digits[learned:]), batch_size=BATCH)
+    found = job.evaluate(model, held_out, ["accuracy"])
+    return model, {"accuracy on held-out images": found["accuracy"]}
 
 
 if __name__ == "__main__":

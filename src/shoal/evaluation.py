@@ -103,7 +103,9 @@ def evaluate(
     total = dealt.total()
     _same_count(meeting, total)
     mine = nodes if feed.mesh.tensor.rank == 0 else []  # ranks of one cell have measured the same
-    return measured.result(meeting.world.share_any("evaluate", _pack(mine)), total)
+    result = measured.result(meeting.world.share_any("evaluate", _pack(mine)), total)
+    feed.measured(result.values)
+    return result
 
 
 def by_position(model: nn.Module, batch: object) -> tuple[object, object]:

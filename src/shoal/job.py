@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from shoal import __version__
+from shoal.bench.record import record
 from shoal.comm.group import Carrier, current, latest
 from shoal.comm.meet import Want
 from shoal.data.loader import Loader
@@ -126,10 +127,14 @@ class Job(Saving, Looping, Verbs):
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         self._restore_hook = tell_of_failure(carrier) if place.own_process else lambda: None
-        if place.own_process:
-            atexit.register(self.close)
+        record(
+            os.environ if place.own_process else {}, self._feed, self._tracking, self._bindings,
+            lambda: {name: self.state_dict(binding.model) for name, binding in self._bindings.items()},
+        )  # fmt: skip
         set_seed(self.seed, 0)
         self.event("init", world=carrier.size, strategy=strategy.name)
+        if place.own_process:  # the last thing here: what fails before closes nothing twice
+            atexit.register(self.close)
 
     # ---------------------------------------------------------------- models
 

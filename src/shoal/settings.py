@@ -71,7 +71,8 @@ ACTIVE_RUN_DIR = "SHOAL_RUN_DIR_ACTIVE"  # the directory that `shoal run` made f
 FAILURE_FILE = "SHOAL_FAILURE_FILE"  # where a worker says why it failed
 LAUNCHER = "SHOAL_LAUNCHER_PID"  # the process that started this worker
 TRACE = "SHOAL_TRACE"  # as JSON, where a job leaves the state of each of its first steps: `shoal verify`
-INTERNAL = frozenset({FLAGS, ACTIVE_RUN_DIR, FAILURE_FILE, LAUNCHER, TRACE})
+BENCH = "SHOAL_BENCH"  # as JSON, where a job leaves what it has seen of itself: `shoal bench`
+INTERNAL = frozenset({FLAGS, ACTIVE_RUN_DIR, FAILURE_FILE, LAUNCHER, TRACE, BENCH})
 
 OPTIONS = ("strategy", "leaves", "seed", "threads", "precision", "timeout", "run_dir")  # those with a flag of their own
 VERSION = 1

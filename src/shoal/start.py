@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+from shoal.bench.clock import clocked
 from shoal.comm.group import Carrier, current
 from shoal.comm.host import join_host
 from shoal.comm.lanes import asked_interfaces
@@ -108,7 +109,7 @@ def find_carrier(
     else:
         lives = Gloo(address, timeout=timeout, report=warn)
         host = lives if name == "gloo" else join_host(lives, wanted=name == "shared")
-    return over_devices(host, lives, here, name, address, timeout), seat
+    return clocked(over_devices(host, lives, here, name, address, timeout), environ), seat
 
 
 def tell_of_failure(carrier: Carrier) -> Callable[[], None]:

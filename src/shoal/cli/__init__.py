@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from shoal.cli import checkpoint, doctor, run, verify
+from shoal.cli import bench, checkpoint, doctor, run, verify
 
 app = typer.Typer(
     name="shoal",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("verify", context_settings={"allow_interspersed_args": False})(verify.verify)
+app.command("bench", context_settings={"allow_interspersed_args": False})(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(checkpoint.app, name="checkpoint")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -87,7 +87,10 @@ class LeafFeed:
         self.more = 0  # batches of the leaf under way after its first
         self.batches = 0  # handed out in this loop since a leaf ended: before its forward too
         self.loop: Loop | None = None
+        self.samples = 0.0  # that were handed out to this rank, those of streams left out
         self.after_step: Callable[[], None] = lambda: None  # called between steps, on all ranks
+        self.averaged: Callable[[float], None] = lambda _: None  # called with every mean that is known
+        self.measured: Callable[[Mapping[str, object]], None] = lambda _: None  # called after an evaluation
 
     def bind(self, engine: Trained, instead_of: Trained | None = None) -> None:
         """A model is prepared. Whenever it opens a leaf, it calls `leaf_opens`."""
@@ -139,6 +142,7 @@ class LeafFeed:
             engine.before_open()
         self._advance()
         self.handed = handed
+        self.samples += handed.samples * handed.weight if handed.leaf is not None else 0
         self.batches += 1
         self.means.begin(handed)
         for engine in self.engines:
@@ -238,4 +242,7 @@ class LeafFeed:
             self.means.begin(Handed(self.cell, 1.0, 0, Turns.one_each(self.mesh.cells)))
         if isinstance(value, Tensor):
             value = 0.0 if value.is_meta else float(value.detach())
-        return self.means.mean(value, self.cell, self.step)
+        found = self.means.mean(value, self.cell, self.step)
+        if found is not None:
+            self.averaged(found)
+        return found
