@@ -99,7 +99,7 @@ class Unit:
         self.common: Common | None = None
         if not self.resident:
             self.common = shard.common(self.numel, self.dtypes.compute, self.device)
-        self.whole = self._place(masters, same=same)
+        self.whole = self._place(masters, same=same, given=part.flat is not None)
         keeps = (self.whole if same else masters)[self.mine]
         self.master = keeps if same and (self.resident or self.common) else keeps.clone()
         self.views = self.views_of(self.whole)
@@ -112,9 +112,11 @@ class Unit:
         self._show(self.views)
         if not self.resident:
             self.free()
+            if part.flat is not None:
+                part.flat.untyped_storage().resize_(0)  # whoever made it may keep it while the next one is made
 
-    def _place(self, masters: Tensor, *, same: bool) -> Tensor:
-        """The whole, where it will stay."""
+    def _place(self, masters: Tensor, *, same: bool, given: bool) -> Tensor:
+        """The whole, where it will stay. `given`: the masters are nobody else's."""
         if self.common is not None:
             self.common.data[self.mine].copy_(masters[self.mine])
             self.common.publish()
@@ -122,7 +124,7 @@ class Unit:
         if self.shard.size == 1:
             return masters if same else masters.to(self.dtypes.compute)
         if not self.resident:  # its storage is resized, which memory of a carrier's may not be
-            return masters.to(self.dtypes.compute, copy=True)
+            return masters.to(self.dtypes.compute, copy=not given)
         return self.shard.carrier.empty(self.numel, self.dtypes.compute, self.device).copy_(masters)
 
     def __repr__(self) -> str:
