@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import shoal
-from shoal import job as jobs
+from shoal import base
 from shoal.errors import DivergedError, StalledError
 from tests.faults.ranks import SLACK, TIMEOUT, net, timed
 from tests.pool import Pool
@@ -242,7 +242,7 @@ def test_only_waiting_tells(pool: Pool, tmp_path: Path) -> None:
 
 def own_values() -> tuple[list[float], list[str]]:
     said: list[str] = []
-    say, jobs.say = jobs.say, said.append
+    say, base.say = base.say, said.append
     try:
         with shoal.init("zero3", run_dir="none", timeout=TIMEOUT) as job:
             torch.manual_seed(job.rank)
@@ -252,7 +252,7 @@ def own_values() -> tuple[list[float], list[str]]:
             with job.whole(model):
                 return [float(t.detach().double().sum()) for t in [*model.parameters(), *model.buffers()]], said
     finally:
-        jobs.say = say
+        base.say = say
 
 
 def test_initial_values_are_rank_0_s(pool: Pool) -> None:

@@ -66,6 +66,10 @@ class Clocked:
         return self.inner.levels
 
     @property
+    def plenty(self) -> int:
+        return self.inner.plenty
+
+    @property
     def ordered(self) -> bool:
         return self.inner.ordered
 

@@ -51,6 +51,9 @@ class Kept(NamedTuple):
         return Kept(under_way, waiting, fixed, self.stages or other.stages)
 
 
+FAR, NEAR = 2**27, 2**24
+"""Bytes that keep a network busy, and memory that ranks share (`Carrier.plenty`)."""
+
 LAST_DOING = "has finished and closes the job"
 """The note of a rank that takes part in nothing but meetings any more."""
 
@@ -129,6 +132,11 @@ class Carrier(Protocol):
     @property
     def ordered(self) -> bool:
         """Does it match what is sent with what is received by order alone? All ranks must post in one order then."""
+        ...
+
+    @property
+    def plenty(self) -> int:
+        """So many bytes of gradients under way keep it busy; more would only take memory."""
         ...
 
     @property

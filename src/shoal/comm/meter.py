@@ -9,7 +9,21 @@ from contextvars import copy_context
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Common, Done, Kept, Like, MakeSums, Parcel, Pending, Sums, current, new_strips
+from shoal.comm.group import (
+    FAR,
+    NEAR,
+    Box,
+    Common,
+    Done,
+    Kept,
+    Like,
+    MakeSums,
+    Parcel,
+    Pending,
+    Sums,
+    current,
+    new_strips,
+)
 from shoal.comm.levels import Levels
 from shoal.comm.rounds import ALL_REDUCE, REDUCE_SCATTER, count
 from shoal.random import get_states, set_states
@@ -28,6 +42,7 @@ class Meter:
 
     def __init__(self, rank: int, size: int, *, shared: bool = False, ranks_per_host: Sequence[int] = ()) -> None:
         self.shared, self.levels = shared, Levels.of(size, ranks_per_host)
+        self.plenty = NEAR if shared and len(set(self.levels.hosts)) == 1 else FAR
         self.rank, self.size, self.sent = rank, size, Counter[str]()
         self.transfers = Counter[str]()  # how many were begun, by verb
         self.closed, self.failed = False, False

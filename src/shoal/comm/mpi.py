@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.boxes import Boxes, numbered
-from shoal.comm.group import Box, Common, Kept, MakeSums, Parcel, Pending, Strips
+from shoal.comm.group import FAR, Box, Common, Kept, MakeSums, Parcel, Pending, Strips
 from shoal.comm.lanes import tag_of
 from shoal.comm.levels import Levels
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
@@ -44,7 +44,7 @@ class Mpi:
         EnvironmentFault: there is no mpi4py, no MPI library, or mpirun has not started these ranks.
     """
 
-    ordered = False
+    ordered, plenty = False, FAR
 
     def __init__(self, address: Address, *, timeout: float, report: Callable[[str], None]) -> None:
         self.mpi = _library()

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from shoal.comm.boxes import Boxes, Numbered, numbered
-from shoal.comm.group import Box, Carrier, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
+from shoal.comm.group import FAR, Box, Carrier, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
 from shoal.comm.levels import Levels
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
 from shoal.comm.pool import Pool
@@ -114,7 +114,7 @@ class Nccl:
         lives, device, address, timeout: see `over_devices`.
     """
 
-    ordered = True
+    ordered, plenty = True, FAR
 
     def __init__(self, host: Carrier, lives: Gloo, device: torch.device, address: Address, timeout: float) -> None:
         self.host, self.lives, self.spare = host, lives, Pool()

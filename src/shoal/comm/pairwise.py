@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from shoal.comm.boxes import Boxes, numbered
-from shoal.comm.group import Box, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
+from shoal.comm.group import FAR, Box, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
 from shoal.comm.lanes import NEVER, Lanes, Pairs, asked_interfaces
 from shoal.comm.levels import Levels
 from shoal.comm.pool import Pool
@@ -71,7 +71,7 @@ class Gloo:
         EnvironmentFault: the other ranks do not come.
     """
 
-    ordered = False
+    ordered, plenty = False, FAR
 
     def __init__(self, address: Address, *, timeout: float, report: Callable[[str], None]) -> None:
         self.rank, self.size, self.sent = address.rank, address.size, Counter[str]()

@@ -36,6 +36,10 @@ class Routed:
         return self.host.ordered or self.device.ordered
 
     @property
+    def plenty(self) -> int:
+        return max(self.host.plenty, self.device.plenty)
+
+    @property
     def levels(self) -> Levels:
         return self.host.levels
 

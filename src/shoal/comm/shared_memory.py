@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shoal.comm.arena import Arena, View
 from shoal.comm.common import MARK, Lacks, Seen
-from shoal.comm.group import Box, Common, Done, Kept, Like, MakeSums, Parcel, Pending, Strips, new_strips
+from shoal.comm.group import FAR, NEAR, Box, Common, Done, Kept, Like, MakeSums, Parcel, Pending, Strips, new_strips
 from shoal.comm.pairwise import Gloo
 from shoal.comm.rings import CLOSED, FAILED, INLINE, Message, Ring
 from shoal.comm.watch import TICK
@@ -60,6 +60,7 @@ class Shared:
     def __init__(self, far: Gloo, near: Mapping[int, Neighbour], arena: Arena) -> None:
         self.far, self.near, self.arena = far, near, arena
         self.rank, self.size, self.sent, self.watch = far.rank, far.size, far.sent, far.watch
+        self.plenty = NEAR if len(near) == far.size - 1 else FAR
         self.readers: dict[int, list[tuple[Ring, int]]] = {}  # of arena memory that was sent, by its offset
         self.under_way: list[Letters] = []  # those for which something is still to come from this host
         self.levels = far.levels

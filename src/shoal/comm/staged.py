@@ -31,7 +31,7 @@ class Staged:
 
     def __init__(self, host: Carrier, *, pinned: bool) -> None:
         self.host, self.pinned = host, pinned
-        self.rank, self.size, self.sent = host.rank, host.size, host.sent
+        self.rank, self.size, self.sent, self.plenty = host.rank, host.size, host.sent, host.plenty
         self.spare = Pool()
         self.stages = Pool(lambda numel, dtype, _: torch.empty(numel, dtype=dtype, device=HOST, pin_memory=pinned))
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Box, Common, Kept, Like, MakeSums, Parcel, Pending, Strips, Sums, current
+from shoal.comm.group import FAR, Box, Common, Kept, Like, MakeSums, Parcel, Pending, Strips, Sums, current
 from shoal.comm.levels import Levels
 from shoal.comm.rounds import ALL_REDUCE, REDUCE_SCATTER, count
 from shoal.errors import PeerError, PeerLost, StalledError
@@ -90,7 +90,7 @@ class Board:
 class Threads:
     """The carrier of one rank that is a thread."""
 
-    ordered = False
+    ordered, plenty = False, FAR
 
     def __init__(self, rank: int, board: Board) -> None:
         self.rank, self.size, self.board, self.sent = rank, board.size, board, Counter[str]()

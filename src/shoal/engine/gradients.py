@@ -18,7 +18,7 @@ from shoal.engine.away import AwayGrad
 from shoal.engine.cells import local_gradient
 from shoal.engine.exchange import agree, swap
 from shoal.engine.fast import Axes, Fast
-from shoal.engine.journeys import LIMIT, Gate, Journeys
+from shoal.engine.journeys import Gate, Journeys
 from shoal.engine.leaf import Leaf
 from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.strips import not_finite, strips_of
@@ -59,10 +59,11 @@ class Gradients:
         self.mesh, self.meeting = mesh, meeting
         self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
         self.names = [n for u in self.units for n in u.params]
-        self.pool = Pool(kept=1) if layerwise else Pool()
+        self.pool = Pool(kept=1)
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
-        self.journeys = Journeys(ordered=mesh.world.carrier.ordered, limit=largest if layerwise else LIMIT)
+        carrier = mesh.world.carrier
+        self.journeys = Journeys(ordered=carrier.ordered, limit=largest if layerwise else carrier.plenty)
         guard = partial(AwayGrad, layerwise=layerwise)
         self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
         self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}

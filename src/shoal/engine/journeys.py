@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from shoal.comm.group import Done, Pending
 from shoal.engine.sums import Flow
 
-LIMIT = 2**27
-"""Bytes of gradients under way at the same time."""
-
 
 @dataclass(slots=True, eq=False)
 class Journey:
@@ -37,7 +34,7 @@ class Journeys:
         limit: bytes under way at the same time.
     """
 
-    def __init__(self, *, ordered: bool, limit: int = LIMIT) -> None:
+    def __init__(self, *, ordered: bool, limit: int) -> None:
         self.ordered, self.limit = ordered, limit
         self.under_way: dict[int, Journey] = {}  # the oldest first
         self.gated = False  # do results stop on their way until those that are needed earlier have come as far?

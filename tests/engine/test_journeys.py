@@ -1,0 +1,109 @@
+"""Who goes on when: journeys made of waits that the test opens by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+from shoal.comm.group import FAR, NEAR, Done, Pending, Strips
+from shoal.comm.meter import Meter
+from shoal.engine.journeys import Gate, Journeys
+
+
+class Door:
+    """A wait that is over when the test says so; who waits for it in earnest opens it."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.waited = 0
+
+    def ready(self) -> bool:
+        return self.open
+
+    def wait(self) -> Sequence[Strips]:
+        self.waited += 1
+        self.open = True
+        return ()
+
+    def release(self) -> None:
+        return
+
+
+def way(log: list[str], name: str, *stages: Pending) -> Generator[Pending, None, None]:
+    for number, stage in enumerate(stages):
+        yield stage
+        log.append(f"{name}{number}")
+
+
+def test_what_is_open_goes_on_and_the_rest_stays() -> None:
+    log, ends = list[str](), list[int]()
+    journeys = Journeys(ordered=False, limit=100)
+    journeys.arrived = ends.append
+    first, second = Door(), Door()
+    journeys.start(1, way(log, "a", first, Done()), 10)
+    journeys.start(2, way(log, "b", second), 10)
+    second.open = True
+    journeys.progress()
+    assert log == ["b0"]
+    assert ends == [2]
+    first.open = True
+    journeys.progress()
+    assert log == ["b0", "a0", "a1"]
+    assert ends == [2, 1]
+    assert not journeys.under_way
+
+
+def test_too_much_under_way_waits_for_the_oldest_and_never_for_itself() -> None:
+    log = list[str]()
+    doors = [Door(), Door(), Door()]
+    journeys = Journeys(ordered=False, limit=25)
+    for unit, door in enumerate(doors):
+        journeys.start(unit, way(log, str(unit), door), 10)
+    assert [door.waited for door in doors] == [1, 0, 0]
+    journeys.start(3, way(log, "3", Door()), 1000)
+    assert [door.waited for door in doors] == [1, 1, 1]
+    assert list(journeys.under_way) == [3]
+
+
+def test_those_who_wait_for_the_same_go_on_together_in_their_order() -> None:
+    log = list[str]()
+    shared, other = Door(), Door()
+    journeys = Journeys(ordered=True, limit=100)
+    for unit, door in ((1, shared), (2, other), (3, shared)):
+        journeys.start(unit, way(log, str(unit), door, Door()), 1)
+    journeys.wait_for(1)
+    assert log[:2] == ["10", "30"]
+    assert shared.waited == 1
+
+
+def test_nothing_goes_on_by_itself_where_order_is_all() -> None:
+    log, door = list[str](), Door()
+    door.open = True
+    journeys = Journeys(ordered=True, limit=100)
+    journeys.start(1, way(log, "a", door), 1)
+    journeys.progress()
+    assert log == []
+    journeys.finish()
+    assert log == ["a0"]
+
+
+def test_behind_gates_goes_what_is_needed_first() -> None:
+    log = list[str]()
+    journeys = Journeys(ordered=False, limit=100)
+    late = Door()
+    journeys.start(1, way(log, "a", Gate(), Done()), 1)
+    journeys.start(2, way(log, "b", late, Gate(), Done()), 1)
+    journeys.all_started([2, 1])
+    journeys.progress()
+    assert log == []  # one has not come to its gate yet
+    late.open = True
+    journeys.progress()
+    assert log[0] == "b0"
+    assert log.index("b1") < log.index("a0")
+    journeys.finish()
+    assert not journeys.under_way
+
+
+def test_shared_memory_needs_less_under_way_than_a_network() -> None:
+    assert Meter(0, 4, shared=True).plenty == NEAR
+    assert Meter(0, 4).plenty == FAR
+    assert Meter(0, 4, shared=True, ranks_per_host=(2, 2)).plenty == FAR
