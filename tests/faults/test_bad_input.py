@@ -288,8 +288,8 @@ CHECKPOINTS: dict[str, Mistake] = {
         errors.ResumeError,
         "made with seed=0, this job has seed=5 (code)",
     ),
-    "saved twice": (
-        lambda: (bench := prepared().step(), bench.job.save("here"), bench.job.save("here")),
+    "saved by two jobs": (
+        lambda: (prepared().step().job.save("here"), prepared().step().job.save("here")),
         errors.SaveError,
         "here/step-1 was not saved: rank 0: here/step-1 is there already|another directory",
     ),
