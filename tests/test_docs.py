@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shoal.settings import Settings
 from shoal.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,13 @@ for name, folder, block in json.load(sys.stdin):
 
 def blocks_of(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_every_setting_is_named() -> None:
+    page = (ROOT / "docs" / "start.md").read_text()
+    settings = re.search(r"the same name everywhere: (.*?)\. Those", page, flags=re.DOTALL)
+    assert settings is not None
+    assert set(re.findall(r"`(\w+)`", settings[1])) == set(Settings.model_fields)
 
 
 def test_code_runs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +45,26 @@ def test_a_whole_model_goes_on_alone() -> None:
         return bool(model(torch.ones(1, 64)).isfinite().all())
 
     assert run(2, rank_main) == [True, True]
+
+
+def test_the_same_step_may_be_saved_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def main(again: bool) -> tuple[list[Path], int]:
+        with shoal.init("zero3", run_dir="none", device="cpu") as job:
+            model = nn.Linear(64, 64)
+            model, optimizer = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            if again:
+                job.load(tmp_path)
+            else:
+                model(torch.ones(2, 64)).sum().backward()
+                optimizer.step()
+            saved = [job.save(tmp_path), job.save(tmp_path)]
+            model(torch.ones(2, 64)).sum().backward()
+            optimizer.step()
+            return saved if again else [*saved, job.save(tmp_path / "later")], job.step
+
+    first, manifest = tmp_path / "step-1", tmp_path / "step-1" / "manifest.json"
+    assert run(2, lambda _: main(False)) == [([first, first, tmp_path / "later" / "step-2"], 2)] * 2
+    assert "stays as it is: this job saved or loaded it" in capfd.readouterr().err
+    before = manifest.read_bytes()
+    assert run(2, lambda _: main(True)) == [([first, first], 2)] * 2
+    assert manifest.read_bytes() == before

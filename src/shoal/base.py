@@ -52,6 +52,7 @@ class Base:
         self._loaders: list[Loader[object]] = []
         self._feed = LeafFeed(strategy, s.seed, self._mesh, self._meeting, self._say)
         self._resumed: Path | None = None
+        self._saved: Path | None = None  # the latest checkpoint that this job wrote or read
         self._trace = Trace.asked(os.environ if place.own_process else {})
         self.device = torch.device(s.device or _default_device(carrier))
         self._together = Collectives(self._meeting, self.device)

@@ -23,7 +23,7 @@ from shoal.dropin.strays import Strays, ours
 from shoal.engine import holding, setup, units
 from shoal.engine.fill import Fill
 from shoal.engine.ledger import Memory
-from shoal.errors import OrderError
+from shoal.errors import OptimizerError, OrderError
 from shoal.loop import Looping
 from shoal.plain import PlainJob
 from shoal.random import seed as set_seed
@@ -147,7 +147,7 @@ class Job(Saving, Looping, Verbs):
     @overload
     def prepare(self, model: M, optimizer: O, scheduler: S, /, *, units: Sequence[str] | int | None = None, elementwise: bool | None = None, float32: Sequence[str] = (), fill: Fill | None = None, compile: bool | Mapping[str, object] = False, name: str = "") -> tuple[M, O, S]: ...  # fmt: skip  # noqa: E501
     def prepare(
-        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], /,
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None, /,
         *others: DataLoader[object] | LRScheduler,
         units: Sequence[str] | int | None = None, elementwise: bool | None = None,
         float32: Sequence[str] = (), fill: Fill | None = None,
@@ -180,6 +180,11 @@ class Job(Saving, Looping, Verbs):
             DivergedError: ranks prepare different things.
         """
         self._check_name(name)
+        if optimizer is None:
+            raise OptimizerError(
+                "job.prepare was given a model and no optimizer",
+                remedy="job.prepare(model, optimizer); to evaluate a checkpoint, the kind that it was trained with",
+            )
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if self._trace is not None:
             self._trace.widen(model)

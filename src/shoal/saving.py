@@ -54,10 +54,10 @@ class Saving(Base):
             keep: so many of the newest whole checkpoints stay, this one included; older ones are deleted. None: all.
 
         Returns:
-            The directory of this checkpoint.
+            The directory of this checkpoint. One that this job has saved or loaded at this step stays as it is.
 
         Raises:
-            SaveError: it could not be written (or is there already); older ones are intact.
+            SaveError: it could not be written (or is there already, of another job); older ones are intact.
         """
         bindings = self._all_bound()
         if keep is not None:
@@ -66,10 +66,21 @@ class Saving(Base):
         self._meeting.meet(Want.SAVE, self.step)
         with self._together.leased("job.save"):
             root = Path(path) if self._trace is None else self._trace.saved(Path(path))
-            target = resume.save(bindings, root, self._facts(), self._share)
+            target = self._saved_here(root) or resume.save(bindings, root, self._facts(), self._share)
             keep_newest(target, keep, self._resumed, rank=self.rank, share=self._share)
-        self.event("save", step=self.step, path=str(target))
-        self._tracking.saved(self.step, target)
+        if target != self._saved:
+            self.event("save", step=self.step, path=str(target))
+            self._tracking.saved(self.step, target)
+        self._saved = target
+        return target
+
+    def _saved_here(self, root: Path) -> Path | None:
+        """This step's checkpoint in `root`, if this job wrote or read it. Rank 0 decides, whose file system it is."""
+        target, own = root / f"step-{self.step}", self._saved
+        same = own is not None and own.is_dir() and own.resolve() == target.resolve()
+        if self._share(b"same" if same else b"new")[0] != b"same":
+            return None
+        self._say(f"{target} stays as it is: this job saved or loaded it, and no step came after it")
         return target
 
     def load(self, path: str | Path) -> int:
@@ -95,7 +106,7 @@ class Saving(Base):
         self._feed.strategy, before = self._all_bound()[0].strategy, self.leaves
         if found.leaves != before:
             self._say(f"going on with the checkpoint's {found.leaves} leaves a step")
-        self._resumed = found.path
+        self._resumed = self._saved = found.path
         self._feed.set_seed(found.seed)
         self.threads = found.threads
         torch.set_num_threads(found.threads)

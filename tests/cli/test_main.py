@@ -14,6 +14,12 @@ MAIN = [sys.executable, "-c", "import sys; sys.argv[0] = 'shoal'; from shoal.cli
 VERBS = [["run"], ["verify"], ["doctor"], ["checkpoint", "inspect"], ["checkpoint", "verify"], ["checkpoint", "export"]]
 
 
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "shoal", "--help"], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Train one PyTorch model with many workers." in done.stdout
+
+
 @pytest.mark.parametrize("words", [[], ["checkpoint"], *VERBS])
 def test_help_does_not_import_torch(words: list[str]) -> None:
     program = f"""

@@ -128,6 +128,16 @@ def test_every_sample_once_an_epoch() -> None:
         assert flat != sorted(flat), name
 
 
+def test_scripts_may_look_at_the_sampler_and_call_set_epoch() -> None:
+    with shoal.init(run_dir="none", device="cpu") as job:
+        model = torch.nn.Linear(1, 1)
+        source = DataLoader(Numbers(8), batch_size=4, sampler=DistributedSampler(Numbers(8), 1, 0))
+        _, _, loader = job.prepare(model, torch.optim.SGD(model.parameters()), source)
+        assert (loader.batch_size, loader.dataset) == (4, source.dataset)
+        assert isinstance(loader.sampler, DistributedSampler)
+        loader.sampler.set_epoch(3)
+
+
 def test_a_distributed_sampler_is_taken_out(capsys: pytest.CaptureFixture[str]) -> None:
     handed_out(2, 2, LOADERS["a distributed sampler"], epochs=1)
     assert "took the DistributedSampler out of the loader: batches are counted out by leaf" in capsys.readouterr().err

@@ -191,6 +191,11 @@ CONFIGURATION: dict[str, Mistake] = {
         errors.OptimizerError,
         "2 parameters that the model does not have; the first has shape (5, 3)|model.parameters()",
     ),
+    "no optimizer": (
+        lambda: (bench := Bench()).job.prepare(bench.model),
+        errors.OptimizerError,
+        "given a model and no optimizer|job.prepare(model, optimizer); to evaluate a checkpoint",
+    ),
     "LBFGS": (with_lbfgs, errors.OptimizerError, "LBFGS evaluates its closure several times a step|torch.optim.AdamW"),
     "closure": (
         lambda: prepared().optimizer.step(lambda: 1.0),
@@ -283,8 +288,8 @@ CHECKPOINTS: dict[str, Mistake] = {
         errors.ResumeError,
         "made with seed=0, this job has seed=5 (code)",
     ),
-    "saved twice": (
-        lambda: (bench := prepared().step(), bench.job.save("here"), bench.job.save("here")),
+    "saved by two jobs": (
+        lambda: (prepared().step().job.save("here"), prepared().step().job.save("here")),
         errors.SaveError,
         "here/step-1 was not saved: rank 0: here/step-1 is there already|another directory",
     ),

@@ -127,7 +127,9 @@ def _checked(pieces: Iterable[Piece]) -> list[Piece]:
 
 def _make_room(target: Path, scratch: Path) -> None:
     if os.path.lexists(target):
-        raise SaveError(f"{target} is there already", remedy="another directory, or remove the old one yourself")
+        raise SaveError(
+            f"{target} is there already", remedy="another directory, or job.load of the old one, or remove it yourself"
+        )
     new = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     for directory in new:

@@ -20,7 +20,7 @@ def run(
     leaves: Annotated[int | None, typer.Option(help="Micro-batches of one step.")] = None,
     seed: Annotated[int | None, typer.Option(help="The job's seed.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each rank.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds without progress after which a job ends.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting.")] = None,
     run_dir: Annotated[str | None, typer.Option(help="Where logs go; none: keep nothing.")] = None,

@@ -115,6 +115,15 @@ class Loader(Generic[T_co]):
     def dataset(self) -> Dataset[T_co]:
         return self.source.dataset
 
+    @property
+    def batch_size(self) -> int | None:
+        """The DataLoader's own, as is `sampler`: for scripts that look at them. What they say changes no leaf."""
+        return self.source.batch_size
+
+    @property
+    def sampler(self) -> object:
+        return cast(object, self.source.sampler)
+
     def __len__(self) -> int:
         """Batches that this rank is handed in a whole epoch: fewer where more ranks share a step's leaves."""
         run: dict[int, int] = {}  # by how many leaves a step has
