@@ -131,6 +131,7 @@ CHANGES: dict[str, tuple[list[Change], bool]] = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize(
     ("strategy", "world", "ranks_per_copy"),
