@@ -52,10 +52,24 @@ def named_like(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tens
 
 def optimizer_state(binding: Binding, optimizer: Optimizer) -> dict[str, object]:
     """The optimizer's state dict as torch writes it, whole, on rank 0; empty elsewhere. Collective."""
+    states = whole_states(binding, optimizer)
+    if binding.engine.rank:
+        return {}
     group_names = binding.group_names[binding.optimizers.index(optimizer)]
     order = [n for names in group_names for n in names]
-    index = {n: i for i, n in enumerate(order)}
-    state: dict[int, dict[str, object]] = {}
+    state = {i: states[n] for i, n in enumerate(order) if n in states}
+    at = 0
+    groups: list[dict[str, object]] = []
+    for names, group in zip(group_names, optimizer.param_groups, strict=True):
+        settings: dict[str, object] = {k: v for k, v in group.items() if k != "params"}
+        groups.append(settings | {"params": list(range(at, at + len(names)))})
+        at += len(names)
+    return {"state": state, "param_groups": groups}
+
+
+def whole_states(binding: Binding, optimizer: Optimizer) -> dict[str, dict[str, object]]:
+    """What an optimizer keeps for every parameter, by its name, whole and on the CPU of all ranks. Collective."""
+    found: dict[str, dict[str, object]] = {}
     for unit in binding.engine.units:
         held = {n: cast(dict[str, object], optimizer.state[p]) for n, p in unit.pieces.items()
                 if p in optimizer.state}  # fmt: skip
@@ -64,18 +78,10 @@ def optimizer_state(binding: Binding, optimizer: Optimizer) -> dict[str, object]
             flat = _gathered(unit, parts, getattr(torch, dtype))
             for name, value in _views(unit, flat).items():
                 if name in names:
-                    state.setdefault(index[name], {})[key] = value
+                    found.setdefault(name, {})[key] = value
         for name, key, value in _others(unit, held, optimizer):
-            state.setdefault(index[name], {})[key] = value
-    if binding.engine.rank:
-        return {}
-    at = 0
-    groups: list[dict[str, object]] = []
-    for names, group in zip(group_names, optimizer.param_groups, strict=True):
-        settings: dict[str, object] = {k: v for k, v in group.items() if k != "params"}
-        groups.append(settings | {"params": list(range(at, at + len(names)))})
-        at += len(names)
-    return {"state": {i: state[i] for i in sorted(state)}, "param_groups": groups}
+            found.setdefault(name, {})[key] = value
+    return found
 
 
 def cut_like(value: object, piece: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from shoal import __version__
 from shoal.bench.record import record
+from shoal.changing import Changing
 from shoal.comm.group import Carrier, current, latest
 from shoal.comm.meet import Want
 from shoal.data.loader import Loader
@@ -115,7 +116,7 @@ def init(
         raise
 
 
-class Job(Saving, Looping, Verbs):
+class Job(Changing, Saving, Looping, Verbs):
     """One training job, seen from one rank. Made by `shoal.init`; a context manager that closes itself."""
 
     def __init__(self, strategy: Strategy, carrier: Carrier, resolved: Resolved, place: Seat) -> None:

@@ -17,8 +17,8 @@ TIMEOUT = 3.0
 
 
 @contextmanager
-def joined(timeout: float = TIMEOUT) -> Iterator[Carrier]:
-    """This rank's carrier, of the kind that `on` was asked for."""
+def joined(timeout: float = 5 * TIMEOUT) -> Iterator[Carrier]:
+    """This rank's carrier, of the kind that `on` was asked for. Ranks that start slowly are no fault here."""
     carrier, _ = find_carrier(timeout, os.environ.get("KIND", "gloo"))
     try:
         yield carrier

@@ -103,7 +103,7 @@ def alone(name: str) -> Drawn:
     return drawn(name, 1, 0)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("workers", [0, 2, 5])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("name", LOADERS)

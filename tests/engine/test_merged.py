@@ -71,7 +71,7 @@ def test_what_explain_says() -> None:
 # -------------------------------------------------------------------- what may happen to them
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("size", [PAIRS, ALL])
 @pytest.mark.parametrize("case", ["layer drop, per leaf", "a block in some steps", "the first block later"])

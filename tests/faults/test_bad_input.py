@@ -324,12 +324,12 @@ AWAY: dict[str, Mistake] = {
     "state of the model": (
         lambda: prepared().model.state_dict(),
         errors.AwayError,
-        "model.state_dict() would hold placeholders|job.state_dict(model), or `with job.whole(model): ...`",
+        "model.state_dict() would hold placeholders|on all ranks, job.state_dict(model) or `with job.whole(model): ...`",
     ),
     "state of the optimizer": (
         lambda: prepared().optimizer.state_dict(),
         errors.AwayError,
-        "optimizer.state_dict() would hold only this rank's pieces|job.state_dict(optimizer), or job.save(path)",
+        "optimizer.state_dict() would hold only this rank's pieces|on all ranks, job.state_dict(optimizer) or job.save(path)",
     ),
     "torch's own clipping": (
         lambda: with_gradients(lambda b: nn.utils.clip_grad_norm_(b.model.parameters(), 1.0)),

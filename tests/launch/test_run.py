@@ -17,7 +17,7 @@ import pytest
 from shoal.errors import EnvironmentFault, SettingError, StrategyError
 from shoal.launch import workers
 from shoal.launch.run import launch, run
-from shoal.settings import INTERNAL, TRACE
+from shoal.settings import BENCH, INTERNAL, TRACE
 
 HEAD = """\
 import json, os, signal, subprocess, sys, time
@@ -93,7 +93,7 @@ def test_every_rank_is_told_its_place(script: Script, tmp_path: Path) -> None:
         assert environ["MASTER_PORT"] == told[0]["MASTER_PORT"]
         assert json.loads(environ["SHOAL_FLAGS"]) == {"leaves": 6, "run_dir": "here"}
         assert environ["SHOAL_RUN_DIR_ACTIVE"] == str(tmp_path / "here")
-        assert {name for name in environ if name.startswith("SHOAL_")} == INTERNAL - {TRACE}
+        assert {name for name in environ if name.startswith("SHOAL_")} == INTERNAL - {BENCH, TRACE}
         assert environ["MINE"] == "kept"
         assert "TORCHELASTIC_USE_AGENT_STORE" not in environ
 

@@ -144,6 +144,9 @@ class _TimedCommon:
     def current(self) -> Pending:
         return _Timed(self.inner.current(), self.label, self.clock)
 
+    def release(self) -> None:
+        self.inner.release()
+
 
 class _TimedSums:
     def __init__(self, inner: Sums, clock: Clock) -> None:

@@ -21,11 +21,11 @@ class Seen:
 
     def __init__(
         self, rank: int, until: Callable[[Lacks, str], None], label: str, view: View, offset: int,
-        ranks: Sequence[int], about: tuple[int, torch.dtype],
+        ranks: Sequence[int], about: tuple[int, torch.dtype], give_back: Callable[[], None],
     ) -> None:  # fmt: skip
         self.rank, self.until, self.label, self.words, self.fence = rank, until, label, view.words, Fence()
         self.marks = {rank: (offset + n * MARK) // 8 for n, rank in enumerate(ranks)}
-        self.count = 0
+        self.count, self.give_back = 0, give_back
         self.data = view.tensor(offset + len(ranks) * MARK, *about)
 
     def publish(self) -> None:
@@ -35,6 +35,9 @@ class Seen:
 
     def current(self) -> Pending:
         return Currency(self, self.count)
+
+    def release(self) -> None:
+        self.give_back()
 
 
 class Currency:

@@ -95,6 +95,10 @@ class Common(Protocol):
         """Until everybody has published as often as this member."""
         ...
 
+    def release(self) -> None:
+        """No member uses it any more; each says so, after all have stopped."""
+        ...
+
 
 class Sums(Protocol):
     """Sums over some ranks, in an order of the backend's own. All of them start the same ones in the same order."""

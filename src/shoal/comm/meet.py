@@ -41,6 +41,7 @@ class Want(IntEnum):
     EVALUATE = 22
     PRETRAINED = 23
     REPORT = 24
+    CHANGE = 25
 
 
 _WORDS = {
@@ -67,6 +68,7 @@ _WORDS = {
     Want.ONCE: "is in job.once",
     Want.EVALUATE: "is in job.evaluate",
     Want.PRETRAINED: "is in job.load_pretrained",
+    Want.CHANGE: "is in job.change",
     Want.REPORT: "is in loader.report of epoch {}",
 }
 

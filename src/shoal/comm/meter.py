@@ -107,6 +107,9 @@ class Imagined:
     def current(self) -> Pending:
         return Done()
 
+    def release(self) -> None:
+        return
+
 
 class Counted:
     """What a backend that all-reduces would send."""

@@ -151,7 +151,11 @@ class Shared:
             view = ring.theirs
             offset = view.words[message.offset // 8]
             ring.done_with(message)
-        return Seen(self.rank, self.until, label, view, offset, ranks, (numel, dtype))
+        own = self.rank == ranks[0]
+        return Seen(
+            self.rank, self.until, label, view, offset, ranks, (numel, dtype),
+            give_back=lambda: self.arena.give(offset, lambda: True) if own else None,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- transfers
 

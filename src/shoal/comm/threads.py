@@ -265,6 +265,9 @@ class Seen:
     def current(self) -> Pending:
         return Currency(self)
 
+    def release(self) -> None:
+        self.data = torch.empty(0, dtype=self.data.dtype)
+
 
 class Currency:
     """Until all have published as often as this rank."""

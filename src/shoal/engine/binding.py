@@ -299,8 +299,12 @@ class Binding:
         if any(not unit.resident for unit in self.engine.units):
             self.model.register_forward_pre_hook(_closed)
 
-    def undo(self) -> None:
-        """Give the user whole parameters and an ordinary optimizer back, before the first step. Collective."""
+    def undo(self, states: Sequence[Mapping[str, Mapping[str, object]]] = ()) -> None:
+        """Give the user whole parameters and ordinary optimizers back. Collective.
+
+        Args:
+            states: of every optimizer, by parameter, whole; none before the first step.
+        """
         for handle in self.handles:
             handle.remove()
         params: dict[str, nn.Parameter] = {}
@@ -308,11 +312,15 @@ class Binding:
             flat = unit.masters()
             for name, view in unit.views_of(flat).items():
                 params[name] = unit.params[name]
-                params[name].data = view.clone()
-        for optimizer, step, groups in zip(self.optimizers, self._steps, self.group_names, strict=True):
+                params[name].data, params[name].grad = view.clone(), None
+        for number, (optimizer, step, groups) in enumerate(
+            zip(self.optimizers, self._steps, self.group_names, strict=True)
+        ):
             for names, group in zip(groups, optimizer.param_groups, strict=True):
                 group["params"] = [params[n] for n in names]
             optimizer.state.clear()
+            for name, state in states[number].items() if states else ():
+                optimizer.state[params[name]] = {k: _beside(v, params[name]) for k, v in state.items()}
             optimizer.step = step  # pyright: ignore[reportAttributeAccessIssue]
             del optimizer.zero_grad
         for scheduler in self.schedulers:
@@ -329,6 +337,11 @@ def _closed(_module: nn.Module, _args: object) -> None:
 def _settings(group: Mapping[str, object]) -> dict[str, object]:
     """Learning rate and the like, as they are now."""
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+
+
+def _beside(value: object, param: nn.Parameter) -> object:
+    """Where the optimizer keeps it: what is as large as the parameter, on its device."""
+    return value.to(param.device) if isinstance(value, Tensor) and value.dim() else value
 
 
 class _Step:

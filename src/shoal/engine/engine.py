@@ -102,6 +102,12 @@ class Engine:
         self.gradients.begin(self.turns)
         self.touched: set[str] = set()
 
+    def follow(self, before: Engine) -> None:
+        """Go on counting where another engine of the same model has stopped. Between steps."""
+        self.steps, self.turns_done, self.seed = before.steps, before.turns_done, before.seed
+        if self.scale is not None and before.scale is not None:
+            self.scale.load(before.scale.state())
+
     @property
     def rank(self) -> int:
         return self.mesh.world.rank
@@ -227,7 +233,7 @@ class Engine:
         if thawed:
             raise OrderError(
                 f"'{thawed[0]}' was frozen in prepare and is trained now",
-                remedy="call requires_grad_() before job.prepare",
+                remedy="call requires_grad_() before job.prepare, or inside `with job.change(model):`",
             )
 
     def set_weight(self, weight: float) -> None:

@@ -21,7 +21,7 @@ def guard_optimizer(optimizer: Optimizer) -> list[Handle]:
     def no_state(*_: object) -> None:
         raise AwayError(
             "optimizer.state_dict() would hold only this rank's pieces",
-            remedy="job.state_dict(optimizer), or job.save(path)",
+            remedy="on all ranks, job.state_dict(optimizer) or job.save(path)",
         )
 
     def no_load(*_: object) -> None:
@@ -48,7 +48,8 @@ def guard_model(engine: Engine) -> list[Handle]:
     def no_state(*_: object) -> None:
         if not engine.leased:
             raise AwayError(
-                f"model.state_dict() would hold {what}", remedy="job.state_dict(model), or `with job.whole(model): ...`"
+                f"model.state_dict() would hold {what}",
+                remedy="on all ranks, job.state_dict(model) or `with job.whole(model): ...`",
             )
 
     def no_load(*_: object) -> None:

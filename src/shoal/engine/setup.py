@@ -233,7 +233,8 @@ def compare(mine: Mapping[str, str], meeting: Meeting) -> None:
             if a != b:
                 raise DivergedError(
                     f"ranks prepare different things: {key} is {a} on rank 0 and {b} on rank {rank}",
-                    cause="the ranks run different programs, settings or versions",
+                    cause="the ranks run different programs, settings or versions, "
+                    "or made a model under `if job.rank == 0`",
                     remedy="start the same program with the same settings on all ranks",
                 )
 

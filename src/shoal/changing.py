@@ -1,0 +1,76 @@
+"""Models that change while they are trained: parameters frozen, thawed, added, taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from shoal import export
+from shoal.base import Base
+from shoal.comm.meet import Want
+from shoal.engine import setup
+from shoal.engine.binding import Binding
+from shoal.errors import OrderError
+
+
+class Changing(Base):
+    """Lets go of a model and takes it back."""
+
+    @contextmanager
+    def change(self, model: nn.Module | None = None) -> Generator[None]:
+        """Inside, the model and its optimizers are the user's own again, whole; afterwards they are prepared anew.
+
+        For what cannot change in between: thaw what was frozen in `prepare`, add parameters (and a group of the
+        optimizer for them), take some away, replace a block. Optimizer state stays with the parameters that stay.
+        Freezing needs no `change`, nor does thawing what was trained before. Between steps. Collective: all ranks make
+        the same changes; new parameters start from rank 0's values. Memory: the whole model and its optimizer state.
+
+        Args:
+            model: the prepared one; None: the only one.
+
+        Raises:
+            OrderError: in the middle of a step; or an average follows the model.
+            ModelError, OptimizerError, DivergedError: as in `prepare`.
+        """
+        binding = self._find(model)
+        self._state_between_steps("job.change")
+        if binding.averages:
+            raise OrderError(
+                "job.change of a model that an average follows",
+                cause="its average has no values for what is new",
+                remedy="call job.ema after the change",
+            )
+        self._meeting.meet(Want.CHANGE, 0, model=binding.engine.number)
+        with self._together.leased("job.change"):
+            self._let_go(binding)
+            try:
+                yield
+            except BaseException:
+                self._bindings = {n: b for n, b in self._bindings.items() if b is not binding}
+                raise
+            self._take_back(binding)
+
+    def _let_go(self, binding: Binding) -> None:
+        states = [export.whole_states(binding, optimizer) for optimizer in binding.optimizers]
+        binding.undo(states)
+        engine = binding.engine
+        self._meeting.granters.remove(engine.presence.grant)
+        self._meeting.meet(Want.CHANGE, 1, model=engine.number)  # nobody reads what ranks have in common any more
+        for common in [unit.common for unit in engine.units] + list(engine.gradients.commons.values()):
+            if common is not None:
+                common.release()
+
+    def _take_back(self, old: Binding) -> None:
+        name = next(n for n, b in self._bindings.items() if b is old)
+        first = 1 + max(unit.index for b in self._bindings.values() for unit in b.engine.units)
+        wanted = self._wanted[name] = replace(self._wanted[name], first=first, fill=None)
+        binding = setup.build(old.model, old.optimizers, wanted)
+        binding.engine.follow(old.engine)
+        self._bindings[name] = binding
+        self._bind(binding, instead_of=old)
+        for scheduler in old.schedulers:
+            binding.add_scheduler(scheduler)
+        self._budget.check()
