@@ -118,6 +118,19 @@ class Base:
         binding.on_step, binding.engine.on_open = self._steps, self._feed.leaf_opens
         self._feed.bind(binding.engine, None if instead_of is None else instead_of.engine)
 
+    def _next_unit(self) -> int:
+        """A number that no unit of the job has."""
+        return 1 + max((unit.index for b in self._bindings.values() for unit in b.engine.units), default=-1)
+
+    def _build_again(self, name: str, old: Binding, wanted: setup.Wanted) -> None:
+        """Prepare a model again that has been undone. Its schedulers follow."""
+        self._wanted[name] = wanted
+        binding = self._bindings[name] = setup.build(old.model, old.optimizers, wanted)
+        binding.engine.follow(old.engine)
+        self._bind(binding, instead_of=old)
+        for scheduler in old.schedulers:
+            binding.add_scheduler(scheduler)
+
     def _steps(self, binding: Binding) -> None:
         self._latest = binding
 

@@ -11,7 +11,6 @@ from torch import nn
 from shoal import export
 from shoal.base import Base
 from shoal.comm.meet import Want
-from shoal.engine import setup
 from shoal.engine.binding import Binding
 from shoal.errors import OrderError
 
@@ -44,14 +43,18 @@ class Changing(Base):
                 remedy="call job.ema after the change",
             )
         self._meeting.meet(Want.CHANGE, 0, model=binding.engine.number)
+        name = next(name for name, found in self._bindings.items() if found is binding)
+        self._saved = None  # a checkpoint of this step, if there is one, has another model
         with self._together.leased("job.change"):
             self._let_go(binding)
             try:
                 yield
-            except BaseException:
-                self._bindings = {n: b for n, b in self._bindings.items() if b is not binding}
+                self._build_again(name, binding, replace(self._wanted[name], first=self._next_unit(), fill=None))
+            except BaseException:  # the model is the user's own now, and no other one's turn waits for it
+                del self._bindings[name]
+                self._feed.unbind(binding.engine)
                 raise
-            self._take_back(binding)
+            self._budget.check()
 
     def _let_go(self, binding: Binding) -> None:
         states = [export.whole_states(binding, optimizer) for optimizer in binding.optimizers]
@@ -62,15 +65,3 @@ class Changing(Base):
         for common in [unit.common for unit in engine.units] + list(engine.gradients.commons.values()):
             if common is not None:
                 common.release()
-
-    def _take_back(self, old: Binding) -> None:
-        name = next(n for n, b in self._bindings.items() if b is old)
-        first = 1 + max(unit.index for b in self._bindings.values() for unit in b.engine.units)
-        wanted = self._wanted[name] = replace(self._wanted[name], first=first, fill=None)
-        binding = setup.build(old.model, old.optimizers, wanted)
-        binding.engine.follow(old.engine)
-        self._bindings[name] = binding
-        self._bind(binding, instead_of=old)
-        for scheduler in old.schedulers:
-            binding.add_scheduler(scheduler)
-        self._budget.check()

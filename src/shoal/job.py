@@ -196,13 +196,14 @@ class Job(Changing, Saving, Looping, Verbs):
             "memory": "none" if self._budget.limit is None else "a budget",
             "float32": list(float32), "compile": str(compile),
         }  # fmt: skip
-        mesh = self._mesh if not self._bindings else self._mesh.again(len(self._bindings))
+        number = 1 + max((binding.engine.number for binding in self._bindings.values()), default=-1)
+        mesh = self._mesh.again(number) if number else self._mesh
         wanted = setup.Wanted(
             strategy=self.strategy, rules=rules(self.strategy), mesh=mesh, meeting=self._meeting,
             overlap=self.resolved.settings.overlap, pending=self.resolved.settings.pending, units=units,
             elementwise=elementwise, float32=float32, fill=fill, compile=compile,
             device=self.device, facts=facts, say=self._say, ended=self._feed.ended,
-            number=len(self._bindings), first=sum(len(b.engine.units) for b in self._bindings.values()),
+            number=number, first=self._next_unit(),
             prefix=f"{name}/" if name else "", budget=self._budget, layerwise=self.resolved.settings.layerwise,
         )  # fmt: skip
         binding = self._bindings[name] = setup.build(model, optimizers, wanted)

@@ -167,7 +167,10 @@ class Looping(Base):
             model: the prepared one.
             write: cut changes back into shards afterwards; all ranks must make the same ones.
         """
-        return self._find(model).whole(write=write)
+        binding = self._find(model)
+        if write:
+            self._saved = None  # a checkpoint of this step, if there is one, has other weights
+        return binding.whole(write=write)
 
     def ema(self, model: nn.Module, decay: float) -> Average:
         """Keep an exponential moving average of a model's weights, on shards, from now on.

@@ -17,7 +17,6 @@ from shoal.average import Average
 from shoal.base import Base
 from shoal.checkpoint import check_keep, keep_newest
 from shoal.comm.meet import Want
-from shoal.engine import setup
 from shoal.engine.binding import Binding
 from shoal.errors import OrderError
 from shoal.pretrained.fill import Pretrained, load_pretrained
@@ -125,11 +124,7 @@ class Saving(Base):
         for name, old in self._bindings.items():
             wanted = self._wanted[name]
             old.undo()
-            wanted = self._wanted[name] = replace(wanted, strategy=replace(wanted.strategy, **change))
-            binding = self._bindings[name] = setup.build(old.model, old.optimizers, wanted)
-            self._bind(binding, instead_of=old)
-            for scheduler in old.schedulers:
-                binding.add_scheduler(scheduler)
+            self._build_again(name, old, replace(wanted, strategy=replace(wanted.strategy, **change)))
         return self._all_bound()
 
     def _facts(self) -> resume.Facts:
@@ -189,6 +184,7 @@ class Saving(Base):
         """
         binding = self._find(model)
         self._state_between_steps("job.load_pretrained")
+        self._saved = None  # a checkpoint of this step, if there is one, has other weights
         self._together.meeting.meet(Want.PRETRAINED, model=binding.engine.number)
         with self._together.leased("job.load_pretrained"):
             share = partial(self._together.world.share_any, "file")

@@ -13,8 +13,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 import shoal
+from shoal.comm.arena import Arena
+from shoal.comm.shared_memory import Shared
 from shoal.comm.threads import run
-from shoal.errors import DivergedError, OptimizerError, OrderError
+from shoal.errors import DivergedError, OptimizerError, OrderError, SaveError
 from tests.pool import Pool
 
 LEAVES = 4
@@ -148,6 +150,33 @@ def test_in_memory_that_processes_share(pool: Pool, strategy: str) -> None:
     assert_equal(ours, alone(*CHANGES["thaw, then grow"]))
 
 
+def change_often(strategy: str) -> list[int]:
+    with shoal.init(strategy, leaves=LEAVES, run_dir="none") as job:
+        net, optimizer = job.prepare(*made(frozen_head=False))
+        arena, ends = arena_of(job), list[int]()
+        for step in range(12):
+            for leaf in range(LEAVES // job.world_size):
+                loss_of(net, step, leaf).backward()
+                optimizer.step()
+            with job.change(net):
+                pass
+            ends.append(arena.end)
+        return ends
+
+
+def arena_of(job: shoal.Job) -> Arena:
+    carrier = job._mesh.world.carrier  # pyright: ignore[reportPrivateUsage]
+    while not isinstance(carrier, Shared):
+        carrier = getattr(carrier, "host", None) or carrier.inner  # type: ignore[attr-defined]
+    return carrier.arena
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_changes_use_the_memory_that_ranks_had_in_common_again(pool: Pool, strategy: str) -> None:
+    for ends in pool.run(change_often, strategy, env={"SHOAL_CARRIER": "shared"}):
+        assert len(set(ends[6:])) == 1
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_freezing_and_thawing_what_was_trained_needs_no_change(strategy: str) -> None:
     def rank_main(_rank: int) -> dict[str, Tensor]:
@@ -218,6 +247,57 @@ def test_refusals() -> None:
                 optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
 
     run(1, rank_main)
+
+
+def test_another_model_may_come_after_a_change() -> None:
+    def rank_main(_rank: int) -> tuple[dict[str, object], dict[str, object]]:
+        with shoal.init("zero3", leaves=2, run_dir="none") as job:
+            first, first_optimizer = job.prepare(*made(frozen_head=True), name="first")
+            with job.change(first):
+                thaw(first, first_optimizer)
+            second, second_optimizer = job.prepare(*made(frozen_head=False), name="second")
+            (loss_of(first, 0, job.rank) + loss_of(second, 0, job.rank)).backward()
+            first_optimizer.step()
+            second_optimizer.step()
+            return job.state_dict(first), job.state_dict(second)
+
+    for state in run(2, rank_main)[0]:
+        assert state["head.weight"].shape == (3, 12)  # type: ignore[attr-defined]
+
+
+def test_a_change_that_fails_leaves_the_model_to_the_user_and_the_job_to_the_others() -> None:
+    def rank_main(_rank: int) -> None:
+        with shoal.init("zero3", leaves=2, run_dir="none") as job:
+            first, first_optimizer = job.prepare(*made(frozen_head=False), name="first")
+            second, second_optimizer = job.prepare(*made(frozen_head=False), name="second")
+            with pytest.raises(RuntimeError, match="no"), job.change(first):
+                raise RuntimeError("no")
+            third, third_optimizer = job.prepare(*made(frozen_head=False), name="third")
+            loss_of(first, 0, 0).backward()  # plain PyTorch
+            first_optimizer.step()
+            (loss_of(second, 0, job.rank) + loss_of(third, 0, job.rank)).backward()
+            second_optimizer.step()
+            third_optimizer.step()
+            assert job.step == 1
+
+    run(2, rank_main)
+
+
+def test_what_was_saved_before_a_change_is_not_taken_for_what_is_there_now(tmp_path: Path) -> None:
+    def rank_main(_rank: int) -> None:
+        with shoal.init("zero3", leaves=2, run_dir="none") as job:
+            net, optimizer = job.prepare(*made(frozen_head=True))
+            loss_of(net, 0, job.rank).backward()
+            optimizer.step()
+            job.save(tmp_path)
+            with job.change(net):
+                grow(net, optimizer)
+            with pytest.raises(SaveError, match="is there already"):
+                job.save(tmp_path)
+            job.save(tmp_path / "grown")
+            assert (tmp_path / "grown" / "step-1").is_dir()
+
+    run(2, rank_main)
 
 
 def test_an_average_stands_in_the_way() -> None:

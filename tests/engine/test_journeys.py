@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+import pytest
+from torch import nn
+from torch.optim import SGD
+
+import shoal
 from shoal.comm.group import FAR, NEAR, Done, Pending, Strips
 from shoal.comm.meter import Meter
 from shoal.engine.journeys import Gate, Journeys
+from tests.pool import Pool
 
 
 class Door:
@@ -107,3 +113,16 @@ def test_shared_memory_needs_less_under_way_than_a_network() -> None:
     assert Meter(0, 4, shared=True).plenty == NEAR
     assert Meter(0, 4).plenty == FAR
     assert Meter(0, 4, shared=True, ranks_per_host=(2, 2)).plenty == FAR
+
+
+def limit_of_a_job() -> int:
+    with shoal.init("zero2", run_dir="none") as job:
+        model = nn.Linear(4, 4)
+        job.prepare(model, SGD(model.parameters(), lr=0.1))
+        (binding,) = job._all_bound()  # pyright: ignore[reportPrivateUsage]
+        return binding.engine.gradients.journeys.limit
+
+
+@pytest.mark.parametrize(("carrier", "limit"), [("shared", NEAR), ("gloo", FAR)])
+def test_a_job_keeps_to_what_its_carrier_needs(pool: Pool, carrier: str, limit: int) -> None:
+    assert pool.run(limit_of_a_job, env={"SHOAL_CARRIER": carrier}) == [limit, limit]

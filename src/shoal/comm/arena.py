@@ -102,11 +102,11 @@ class Arena(View):
     def take(self, nbytes: int, *, fresh: bool = False) -> int:
         """The offset of so many bytes; `fresh`: of zeros."""
         size = _up(nbytes, _PAGE if nbytes >= _PAGE else 256)
-        found = None
-        if not fresh:
-            self._call_in()
-            found = _fitting(self.free, size) or _fitting(self.bare, size)
+        self._call_in()
+        found = _fitting(self.free, size) or _fitting(self.bare, size)
         size, offset = found if found is not None else (size, self._new(size))
+        if fresh and found is not None:
+            self.tensor(offset, size, torch.uint8).zero_()
         self.taken[offset], self.used[offset] = size, self.steps
         return offset
 

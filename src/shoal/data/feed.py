@@ -103,6 +103,10 @@ class LeafFeed:
             for each in self.engines:
                 each.run_all_turns()
 
+    def unbind(self, engine: Trained) -> None:
+        """A model is the user's own again."""
+        self.engines.remove(engine)
+
     def set_seed(self, seed: int) -> None:
         """Another seed for the job."""
         self.seed = seed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -318,17 +318,21 @@ class SeededDataset:
         return len(cast(Sized, self.dataset))
 
 
+def kept_settings(source: DataLoader[T_co], workers: int) -> dict[str, Any]:
+    """What a loader that is made in place of another one keeps of it, whatever it reads."""
+    return {
+        "num_workers": workers, "collate_fn": source.collate_fn, "pin_memory": source.pin_memory,
+        "timeout": source.timeout, "worker_init_fn": source.worker_init_fn,
+        "multiprocessing_context": source.multiprocessing_context if workers else None,
+    }  # fmt: skip
+
+
 def remake(source: DataLoader[T_co], batches: Iterable[SeededBatch]) -> DataLoader[T_co]:
     """The same loader, with these batches. Its workers live for one epoch."""
     workers = source.num_workers
     return DataLoader(
         cast(Dataset[T_co], SeededDataset(cast(Dataset[object], source.dataset))),
         batch_sampler=cast("Iterable[list[int]]", batches),
-        num_workers=workers,
-        collate_fn=source.collate_fn,
-        pin_memory=source.pin_memory,
-        timeout=source.timeout,
-        worker_init_fn=source.worker_init_fn,
-        multiprocessing_context=source.multiprocessing_context if workers else None,
+        **kept_settings(source, workers),
         prefetch_factor=source.prefetch_factor if workers else None,
     )

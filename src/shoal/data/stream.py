@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from shoal.checkpoint.tensors import raw_bytes
 from shoal.comm.meet import Meeting, Want
-from shoal.data.loader import Feed, Handed, Loader
+from shoal.data.loader import Feed, Handed, Loader, kept_settings
 from shoal.data.usage import Tally, Usage, usage_of_stream
 from shoal.engine.precision import tensors
 from shoal.errors import DivergedError
@@ -123,12 +123,7 @@ def _by_one(source: DataLoader[T_co], seed: int) -> DataLoader[T_co]:
         cast(Dataset[T_co], _Seeded(cast("IterableDataset[T_co]", source.dataset), seed)),
         batch_size=source.batch_size,
         drop_last=source.drop_last,
-        num_workers=workers,
-        collate_fn=source.collate_fn,
-        pin_memory=source.pin_memory,
-        timeout=source.timeout,
-        worker_init_fn=source.worker_init_fn,
-        multiprocessing_context=source.multiprocessing_context if workers else None,
+        **kept_settings(source, workers),
         prefetch_factor=(source.prefetch_factor or 2) * source.num_workers if workers else None,
     )
 

@@ -213,8 +213,8 @@ class Gradients:
         came: Pending | None = None
         key = f"unit {unit.index} turn {leaf.serial}"  # each rank goes on as soon as it can
         turns, tree = self.turns, self.sums[unit.index]  # of this step; a next one may have begun when all is done
-        mine = drain(self.mine[unit.index]) if ops else []  # and those of the next turn may have joined them
-        if self.hearing is not None and ops:
+        mine = drain(self.mine[unit.index])  # before those of the next turn join them
+        if self.hearing is not None:
             yield self.hearing
             self._learn_weights()
         if self.fast is not None:
