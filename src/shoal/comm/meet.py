@@ -6,12 +6,16 @@ What is overlapped (a planned leaf) does not meet at every unit: its order was f
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 from shoal.comm.group import LAST_DOING, Group, Sharing, Strips
 from shoal.errors import DivergedError
+
+_GLANCE = 0.0002
+"""Seconds between two looks at whether the others have come."""
 
 
 class Want(IntEnum):
@@ -136,6 +140,13 @@ class Met:
 
     def ready(self) -> bool:
         return self._answers is not None or self._sharing.pending.ready()
+
+    def ready_within(self, seconds: float) -> bool:
+        """Have all come to it, now or so much later?"""
+        ends = time.monotonic() + seconds
+        while not self.ready() and time.monotonic() < ends:
+            time.sleep(_GLANCE)
+        return self.ready()
 
     def wait(self) -> Sequence[Strips]:
         self.answers()

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shoal.comm.group import Common, Pending
+from shoal.comm.group import NEAR, Common, Pending
 from shoal.comm.meet import Meeting, Met, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
@@ -28,6 +28,9 @@ from shoal.engine.unit import Unit
 from shoal.errors import OrderError
 from shoal.leaves import Node, Weighed
 from shoal.rules import Moment, Op, Rules
+
+_A_MOMENT = 0.005
+"""Seconds for which ranks of several hosts wait for each other's weights: a network is idle until they are there."""
 
 
 class Gradients:
@@ -63,6 +66,7 @@ class Gradients:
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         carrier = mesh.world.carrier
+        self.far = carrier.plenty > NEAR
         self.journeys = Journeys(ordered=carrier.ordered, limit=largest if layerwise else carrier.plenty)
         guard = partial(AwayGrad, layerwise=layerwise)
         self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
@@ -253,7 +257,7 @@ class Gradients:
             turns.weights[leaf.number] = leaf.weight
         payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine)).ljust(8 * turns.leaves, b"\0")
         self.hearing = self.meeting.begin(Want.REDUCE, leaf.serial, payload, model=self.number)
-        if self.journeys.ordered or leaf.cursor is None:
+        if self.journeys.ordered or leaf.cursor is None or (self.far and self.hearing.ready_within(_A_MOMENT)):
             self.hear_weights()
 
     def hear_weights(self) -> None:

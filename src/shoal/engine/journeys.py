@@ -76,10 +76,14 @@ class Journeys:
         """Wait for all that is under way."""
         self._order = list(self.under_way)
         while self.under_way:
-            self.progress()
-            first = next(iter(self.under_way), None)
-            through = first is not None and self.under_way[first].through
-            self._continue(first if through else self._moving())
+            self.wait()
+
+    def wait(self) -> None:
+        """Bring everything as far as it gets without waiting, then the oldest one stage further."""
+        self.progress()
+        first = next(iter(self.under_way), None)
+        through = first is not None and self.under_way[first].through
+        self._continue(first if through else self._moving())
 
     def passed(self, pending: Pending) -> None:
         """It is over: all that wait for it go on, in the order in which they have started."""

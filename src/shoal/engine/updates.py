@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 
 from shoal.engine.gradients import Gradients
 from shoal.engine.unit import Unit
+
+_AT_ONCE = 2**20
+"""Elements that are updated before others' sums are looked at again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +108,17 @@ class Updates:
         if self.journeys.ordered or not (self.waiting or self.updated):
             return
         self.journeys.progress()
-        self._update([u for u in self.waiting.values() if u.index not in self.journeys.under_way])
+        while some := self._some():
+            self._update(some)
+            self._renew_in_order()
+            self.journeys.progress()
         self._renew_in_order()
+
+    def _some(self) -> list[Unit]:
+        """Of those whose gradients are there: enough for a call of an optimizer, too few to keep others waiting."""
+        arrived = [u for u in self.waiting.values() if u.index not in self.journeys.under_way]
+        sizes = accumulate(u.mine.stop - u.mine.start for u in arrived)
+        return arrived[: 1 + sum(size < _AT_ONCE for size in sizes)]
 
     def bring(self, unit: Unit) -> None:
         """Return when the unit is up to date."""
@@ -122,13 +135,14 @@ class Updates:
         return unit.index not in self.waiting or unit.index not in self.journeys.under_way
 
     def flush(self) -> None:
-        """Bring all units up to date."""
+        """Bring all units up to date, each as soon as its gradients have come."""
         while self.waiting:
             self.advance()
-            if self.waiting:
-                first = next(iter(self.waiting.values()))
-                self.journeys.wait_for(first.index)
-                self._update([first])
+            arrived = [u for u in self.waiting.values() if u.index not in self.journeys.under_way]
+            if arrived:
+                self._update(arrived)
+            elif self.waiting:
+                self.journeys.wait()
         for unit in list(self.updated.values()):
             self._renew(unit)
         for unit in list(self.coming.values()):
