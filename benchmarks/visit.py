@@ -38,7 +38,8 @@ class Told(TypedDict, total=False):
     """What a rank says; each list has an entry per step that counts. Bytes are above those before its model was made.
 
     `failed`: a traceback, and then nothing else. `before`: PSS before the model was made, said when that is to come.
-    `machine`: seconds that all processors together were busy. `wire`, `payload`: bytes of a step.
+    `machine`: seconds that all processors together were busy. `wire`, `payload`: bytes of a step. `events`: what
+    `timeline.py` saw.
     """
 
     failed: str
@@ -52,6 +53,7 @@ class Told(TypedDict, total=False):
     at_rest: int | None
     peak: int | None
     pss: int | None
+    events: list[tuple[float, str]]
 
 
 class VisitFailed(Exception):
@@ -60,13 +62,14 @@ class VisitFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all ranks of a visit do."""
+    """What all ranks of a visit do. `look`: instead of counting time or weighing."""
 
     contender: Contender
     model: Model
     steps: int
     weigh: bool = False
     patience: float = 120.0  # seconds that the visit may take
+    look: Callable[[Task, int, Callable[[Told], None]], None] | None = None
 
 
 # ---------------------------------------------------------------- a rank
@@ -153,7 +156,12 @@ def _rank_main(task: Task, place: Place, rank: int, port: int, log: int, answer:
             if "before" not in told:
                 answer.poll(None)  # until it is killed: torch's process group now and then hangs when it is taken down
 
-        weighed(task, rank, tell) if task.weigh else clocked(task, rank, interface, tell)
+        if task.look is not None:
+            task.look(task, rank, tell)
+        elif task.weigh:
+            weighed(task, rank, tell)
+        else:
+            clocked(task, rank, interface, tell)
     except BaseException:
         answer.send_bytes(json.dumps(Told(failed=traceback.format_exc())).encode())
         answer.poll(None)

@@ -263,3 +263,16 @@ def test_the_interface_of_an_address(bench: dict[str, ModuleType]) -> None:
     assert measure.stream(0.05) > 0
     assert measure.wire_bytes("lo") > before
     assert measure.wire_bytes("no such") is None
+
+
+def test_the_timeline_of_a_step(tmp_path: Path) -> None:
+    file = tmp_path / "timeline.json"
+    options = ("shoal zero2", "--network", "loopback-2", "--model", "trial", "--steps", "1", "--json", str(file))
+    command = [sys.executable, BENCHMARKS / "timeline.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    cases = {line["case"].partition(": ")[2]: line["value"] for line in json.loads(file.read_text())}
+    sent = next(at for what, at in cases.items() if what.startswith("gradients of unit 0 set out"))
+    updated = next(at for what, at in cases.items() if what.startswith("updated: units") and "0" in what)
+    assert 0 < sent < cases["gradients of unit 0 are there"] < updated < cases["the step is over"]
+    assert cases["of processor time: this thread, user"] >= 0

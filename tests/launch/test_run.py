@@ -133,6 +133,26 @@ FAILURES = {
 }
 
 
+def test_the_last_checkpoint_is_named(script: Script, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    body = """
+import torch, shoal
+with shoal.init("zero3", leaves=2) as job:
+    model = torch.nn.Linear(4, 1)
+    model, optimizer = job.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for leaf in range(2 // job.world_size):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    job.save("checkpoints")
+    raise ValueError("boom")
+"""
+    assert run([script(body)], workers=2, run_dir="here") == 1
+    assert capfd.readouterr().err.endswith("job.load goes on from checkpoints/step-1\n")
+    assert run([script("raise ValueError")], workers=1, run_dir="here") == 1  # and has saved nothing
+    assert capfd.readouterr().err.endswith("/here\n")
+    assert run([script(body.replace("checkpoints", "others"))], workers=2, run_dir="here") == 1
+    assert capfd.readouterr().err.endswith("job.load goes on from others/step-1\n")
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("failing", FAILURES)
 def test_one_rank_fails(failing: str, script: Script, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

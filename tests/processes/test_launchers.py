@@ -62,7 +62,8 @@ def test_a_script_gives_the_same_however_it_is_started() -> None:
     assert len({done.stdout.split()[1] for done in (alone, ours, theirs)}) == 1
     for done, ranks in ((alone, 1), (ours, 2)):
         plan, leaf = done.stderr.splitlines()
-        assert plan.startswith(f"shoal: zero3, {ranks} ranks as 1 copies x {ranks}, 2 leaves a step; ")
+        held = "1 rank" if ranks == 1 else f"{ranks} ranks, one copy of the state in all"
+        assert plan.startswith(f"shoal: zero3, {held}, 2 leaves a step; ")
         assert (
             leaf == "shoal: a leaf is one batch of the loader, 2 a step: 2 x 4 samples; the same bits at any world size"
         )

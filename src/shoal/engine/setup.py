@@ -274,13 +274,21 @@ def plan_line(binding: Binding, world: int) -> str:
 
     per_copy = s.ranks_per_copy if isinstance(s.ranks_per_copy, int) else 1
     return (
-        f"{s.name}, {world} ranks as {world // per_copy} copies x {per_copy}, {s.leaves} leaves a step; "
+        f"{s.name}, {_ranks(world, per_copy)}, {s.leaves} leaves a step; "
         f"{len(units)} units, {total:,} parameters ({trained:,} trained); "
         f"parameters {kinds(lambda u: u.dtypes.compute)}, "
         f"masters and optimizer state {kinds(lambda u: u.dtypes.master)}, "
         f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}, "
         f"numerics {_numerics(binding)}{_levels(binding)}"
     )
+
+
+def _ranks(world: int, per_copy: int) -> str:
+    if world == 1:
+        return "1 rank"
+    if per_copy == 1:
+        return f"{world} ranks with a copy of the state each"
+    return f"{world} ranks, {'one copy' if per_copy == world else f'{world // per_copy} copies'} of the state in all"
 
 
 def _levels(binding: Binding) -> str:

@@ -97,7 +97,7 @@ def launch(
             print(_SHOW_CURSOR, end="", flush=True)
         if not quiet:
             sys.stderr.write(_last_line(asked) if asked else report(ranks))
-            sys.stderr.write(f"logs: {directory.path}\n" if code and kept and not asked else "")
+            sys.stderr.write(_left_behind(directory) if code and kept and not asked else "")
     return Outcome(exit_code=code, ranks=ranks, run_dir=directory.path if kept else None)
 
 
@@ -190,6 +190,11 @@ def _tail(log: Path) -> str:
         return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_WORDS:])
     except OSError:  # rank 0 has no log
         return ""
+
+
+def _left_behind(directory: RunDir) -> str:
+    saved = directory.last_checkpoint()
+    return f"logs: {directory.path}\n" + ("" if saved is None else f"job.load goes on from {saved}\n")
 
 
 def _last_line(asked: int) -> str:

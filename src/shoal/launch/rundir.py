@@ -40,6 +40,17 @@ class RunDir:
         self._events.write(line + "\n")  # appended in one piece: several processes may write
         self._events.flush()
 
+    def last_checkpoint(self) -> Path | None:
+        """The newest that has been saved since a launcher last started, if it is still there."""
+        found: Path | None = None
+        for line in (self.path / "events.jsonl").read_text().splitlines():
+            event = json.loads(line)
+            if event["event"] == "launched":
+                found = None
+            elif event["event"] == "save":
+                found = Path(event["path"])
+        return found if found is not None and found.exists() else None
+
     def close(self) -> None:
         """No events after this."""
         self._events.close()
