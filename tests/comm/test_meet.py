@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -55,6 +56,25 @@ def test_who_says_it_early_goes_on_and_the_next_meeting_waits() -> None:
     assert begun.ready()
     assert begun.answers() == [b"ab", b"AB"]
     assert granted == []
+
+
+def test_who_says_it_early_may_wait_for_a_moment() -> None:
+    met, _ = meeting([(Want.REDUCE, 1)])
+    begun = met.begin(Want.REDUCE, 1)
+    come = threading.Event()
+    begun._sharing = begun._sharing._replace(pending=Late(come))  # pyright: ignore[reportPrivateUsage]
+    assert not begun.ready_within(0.001)
+    threading.Timer(0.01, come.set).start()
+    assert begun.ready_within(10)
+
+
+class Late(Done):
+    def __init__(self, come: threading.Event) -> None:
+        super().__init__()
+        self.come = come
+
+    def ready(self) -> bool:
+        return self.come.is_set()
 
 
 def test_gathers_are_granted_before_anything_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 
 import pytest
@@ -11,6 +12,7 @@ from torch.optim import SGD
 import shoal
 from shoal.comm.group import FAR, NEAR, Done, Pending, Strips
 from shoal.comm.meter import Meter
+from shoal.engine import journeys as journeys_module
 from shoal.engine.journeys import Gate, Journeys
 from tests.pool import Pool
 
@@ -113,6 +115,48 @@ def test_shared_memory_needs_less_under_way_than_a_network() -> None:
     assert Meter(0, 4, shared=True).plenty == NEAR
     assert Meter(0, 4).plenty == FAR
     assert Meter(0, 4, shared=True, ranks_per_host=(2, 2)).plenty == FAR
+
+
+def test_on_a_long_way_who_waits_for_one_goes_on_with_others() -> None:
+    """As when the first one's result is behind the others' sums, for which the other ranks wait."""
+    log = list[str]()
+    first, second = Stuck(), Stuck()
+    journeys = Journeys(ordered=False, limit=100, far=True)
+    journeys.start(1, way(log, "a", first), 1)
+    journeys.start(2, way(log, "b", second, Opens(first)), 1)
+    threading.Timer(0.02, lambda: setattr(second, "open", True)).start()
+    journeys.wait()
+    assert log == ["b0", "b1", "a0"]
+
+
+class Stuck(Door):
+    """Who waits for it in earnest does so for ever."""
+
+    def wait(self) -> Sequence[Strips]:
+        assert self.open
+        return ()
+
+
+class Opens(Done):
+    """Over at once; and so is what waits behind the door."""
+
+    def __init__(self, door: Door) -> None:
+        super().__init__()
+        self.door = door
+
+    def wait(self) -> Sequence[Strips]:
+        self.door.open = True
+        return ()
+
+
+def test_where_nothing_comes_somebody_waits_in_earnest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journeys_module, "_STILL", 0.01)
+    log, door = list[str](), Door()
+    journeys = Journeys(ordered=False, limit=100, far=True)
+    journeys.start(1, way(log, "a", door), 1)
+    journeys.finish()
+    assert door.waited == 1
+    assert log == ["a0"]
 
 
 def limit_of_a_job() -> int:

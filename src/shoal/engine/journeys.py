@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.comm.group import Done, Pending
 from shoal.engine.sums import Flow
+
+_GLANCE = 0.0005
+"""Seconds between two looks at what has come."""
+_STILL = 1.0
+"""Seconds without anything that comes, after which somebody else has to find out why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,11 +38,13 @@ class Journeys:
     Args:
         ordered: see `Carrier.ordered`.
         limit: bytes under way at the same time.
+        far: is much under way at once on a long way? Who waits for one then goes on with others meanwhile.
     """
 
-    def __init__(self, *, ordered: bool, limit: int) -> None:
-        self.ordered, self.limit = ordered, limit
+    def __init__(self, *, ordered: bool, limit: int, far: bool = False) -> None:
+        self.ordered, self.limit, self.far = ordered, limit, far and not ordered
         self.under_way: dict[int, Journey] = {}  # the oldest first
+        self.moved = 0  # stages so far
         self.gated = False  # do results stop on their way until those that are needed earlier have come as far?
         self.arrived: Callable[[int], None] = lambda _unit: None
         self._order: Sequence[int] = ()
@@ -65,6 +73,16 @@ class Journeys:
                     self._continue(unit)
             self._order = ()
 
+    def go_on(self, until: Callable[[], bool]) -> None:
+        """Bring everything as far as it gets until that is so, all is there, or nothing has come for a second."""
+        moved, ends = self.moved, time.monotonic() + _STILL
+        while self.under_way and not until() and time.monotonic() < ends:
+            self.progress()
+            if self.moved > moved:
+                moved, ends = self.moved, time.monotonic() + _STILL
+            else:
+                time.sleep(_GLANCE)
+
     def wait_for(self, unit: int) -> None:
         """Until a unit's gradients are where they have to be."""
         while unit in self.under_way:
@@ -87,6 +105,7 @@ class Journeys:
 
     def passed(self, pending: Pending) -> None:
         """It is over: all that wait for it go on, in the order in which they have started."""
+        self.moved += 1
         for unit, journey in [(u, j) for u, j in self.under_way.items() if j.pending is pending]:
             following = next(journey.flow, None)
             if following is None:
@@ -105,7 +124,12 @@ class Journeys:
 
     def _continue(self, unit: int | None) -> None:
         """Bring a journey one stage further."""
-        if unit is not None:
-            pending = self.under_way[unit].pending
+        if unit is None:
+            return
+        journey = self.under_way[unit]
+        pending = journey.pending
+        if self.far and not isinstance(pending, Gate) and not pending.ready():
+            self.go_on(lambda: self.under_way.get(unit) is not journey or journey.pending is not pending)
+        if self.under_way.get(unit) is journey and journey.pending is pending:
             pending.wait()
             self.passed(pending)
