@@ -138,7 +138,7 @@ def test_a_group_of_one_sends_nothing() -> None:
 
 
 def unequal(how: str) -> None:
-    with joined(1.5) as carrier:
+    with joined(TIMEOUT) as carrier:
         world = world_of(carrier)
         count = 1000 + 500 * (carrier.rank if how == "longer" else -carrier.rank if how == "shorter" else 0)
         mine = filled(count, 1) if how != "dtype" or carrier.rank == 0 else torch.ones(count, dtype=torch.int32)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shoal.comm.group import NEAR, Common, Pending
+from shoal.comm.group import Common, Pending
 from shoal.comm.meet import Meeting, Met, Want
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
@@ -66,7 +66,8 @@ class Gradients:
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         carrier = mesh.world.carrier
-        far = carrier.plenty > NEAR
+        hosts = mesh.world.carrier.levels.hosts
+        far = 1 < len(hosts) == len(set(hosts))  # nobody here waits for what this rank has to pass on
         self.journeys = Journeys(ordered=carrier.ordered, limit=largest if layerwise else carrier.plenty, far=far)
         guard = partial(AwayGrad, layerwise=layerwise)
         self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
