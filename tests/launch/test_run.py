@@ -149,6 +149,8 @@ with shoal.init("zero3", leaves=2) as job:
     assert capfd.readouterr().err.endswith("job.load goes on from checkpoints/step-1\n")
     assert run([script("raise ValueError")], workers=1, run_dir="here") == 1  # and has saved nothing
     assert capfd.readouterr().err.endswith("/here\n")
+    with (tmp_path / "here/events.jsonl").open("a") as events:
+        events.write('{"time": 1.0, "event": "sa\n')  # its writer was killed
     assert run([script(body.replace("checkpoints", "others"))], workers=2, run_dir="here") == 1
     assert capfd.readouterr().err.endswith("job.load goes on from others/step-1\n")
 

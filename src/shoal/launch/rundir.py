@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -43,12 +44,11 @@ class RunDir:
     def last_checkpoint(self) -> Path | None:
         """The newest that has been saved since a launcher last started, if it is still there."""
         found: Path | None = None
-        for line in (self.path / "events.jsonl").read_text().splitlines():
-            event = json.loads(line)
-            if event["event"] == "launched":
-                found = None
-            elif event["event"] == "save":
-                found = Path(event["path"])
+        for line in (self.path / "events.jsonl").read_text(errors="replace").splitlines():
+            with suppress(ValueError):  # the last line of a run that was killed may be half there
+                event = json.loads(line)
+                if event["event"] in ("launched", "save"):
+                    found = Path(event["path"]) if "path" in event else None
         return found if found is not None and found.exists() else None
 
     def close(self) -> None:
