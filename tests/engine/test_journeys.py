@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator, Sequence
 
 import pytest
@@ -11,8 +12,8 @@ from torch.optim import SGD
 
 import shoal
 from shoal.comm.group import FAR, NEAR, Done, Pending, Strips
+from shoal.comm.levels import Levels
 from shoal.comm.meter import Meter
-from shoal.engine import journeys as journeys_module
 from shoal.engine.journeys import Gate, Journeys
 from tests.pool import Pool
 
@@ -44,7 +45,7 @@ def way(log: list[str], name: str, *stages: Pending) -> Generator[Pending, None,
 
 def test_what_is_open_goes_on_and_the_rest_stays() -> None:
     log, ends = list[str](), list[int]()
-    journeys = Journeys(ordered=False, limit=100)
+    journeys = Journeys(Levels.one(2), ordered=False, limit=100)
     journeys.arrived = ends.append
     first, second = Door(), Door()
     journeys.start(1, way(log, "a", first, Done()), 10)
@@ -63,7 +64,7 @@ def test_what_is_open_goes_on_and_the_rest_stays() -> None:
 def test_too_much_under_way_waits_for_the_oldest_and_never_for_itself() -> None:
     log = list[str]()
     doors = [Door(), Door(), Door()]
-    journeys = Journeys(ordered=False, limit=25)
+    journeys = Journeys(Levels.one(2), ordered=False, limit=25)
     for unit, door in enumerate(doors):
         journeys.start(unit, way(log, str(unit), door), 10)
     assert [door.waited for door in doors] == [1, 0, 0]
@@ -75,7 +76,7 @@ def test_too_much_under_way_waits_for_the_oldest_and_never_for_itself() -> None:
 def test_those_who_wait_for_the_same_go_on_together_in_their_order() -> None:
     log = list[str]()
     shared, other = Door(), Door()
-    journeys = Journeys(ordered=True, limit=100)
+    journeys = Journeys(Levels.one(2), ordered=True, limit=100)
     for unit, door in ((1, shared), (2, other), (3, shared)):
         journeys.start(unit, way(log, str(unit), door, Door()), 1)
     journeys.wait_for(1)
@@ -86,7 +87,7 @@ def test_those_who_wait_for_the_same_go_on_together_in_their_order() -> None:
 def test_nothing_goes_on_by_itself_where_order_is_all() -> None:
     log, door = list[str](), Door()
     door.open = True
-    journeys = Journeys(ordered=True, limit=100)
+    journeys = Journeys(Levels.one(2), ordered=True, limit=100)
     journeys.start(1, way(log, "a", door), 1)
     journeys.progress()
     assert log == []
@@ -96,7 +97,7 @@ def test_nothing_goes_on_by_itself_where_order_is_all() -> None:
 
 def test_behind_gates_goes_what_is_needed_first() -> None:
     log = list[str]()
-    journeys = Journeys(ordered=False, limit=100)
+    journeys = Journeys(Levels.one(2), ordered=False, limit=100)
     late = Door()
     journeys.start(1, way(log, "a", Gate(), Done()), 1)
     journeys.start(2, way(log, "b", late, Gate(), Done()), 1)
@@ -117,23 +118,68 @@ def test_shared_memory_needs_less_under_way_than_a_network() -> None:
     assert Meter(0, 4, shared=True, ranks_per_host=(2, 2)).plenty == FAR
 
 
-def test_on_a_long_way_who_waits_for_one_goes_on_with_others() -> None:
+def test_whatever_a_rank_waits_for_others_go_on() -> None:
     """As when the first one's result is behind the others' sums, for which the other ranks wait."""
-    log = list[str]()
-    first, second = Stuck(), Stuck()
-    journeys = Journeys(ordered=False, limit=100, far=True)
+    log, levels = list[str](), Levels.one(2)
+    first, second = Awaited(levels), Awaited(levels)
+    journeys = Journeys(levels, ordered=False, limit=100)
     journeys.start(1, way(log, "a", first), 1)
     journeys.start(2, way(log, "b", second, Opens(first)), 1)
     threading.Timer(0.02, lambda: setattr(second, "open", True)).start()
     journeys.wait()
     assert log == ["b0", "b1", "a0"]
+    assert not levels.errands
 
 
-class Stuck(Door):
-    """Who waits for it in earnest does so for ever."""
+def test_a_vote_too_lets_them_go_on() -> None:
+    """A wait that has nothing to do with gradients."""
+    log, levels = list[str](), Levels.one(2)
+    door, vote = Door(), Awaited(levels)
+    journeys = Journeys(levels, ordered=False, limit=100)
+    journeys.start(1, way(log, "a", door, Opens(vote)), 1)
+    door.open = True
+    vote.wait()
+    assert log == ["a0", "a1"]
+
+
+def test_where_order_is_all_no_wait_moves_others() -> None:
+    levels = Levels.one(2)
+    Journeys(levels, ordered=True, limit=100).start(1, way([], "a", Door()), 1)
+    assert not levels.errands
+
+
+def test_a_flow_that_waits_itself_is_not_run_again_meanwhile() -> None:
+    """Nor any other: what moves one journey is in the middle of something."""
+    levels, log = Levels.one(2), list[str]()
+    inner, other = Awaited(levels), Door()
+    journeys = Journeys(levels, ordered=False, limit=100)
+
+    def waits() -> Generator[Pending, None, None]:
+        yield Done()
+        threading.Timer(0.02, lambda: setattr(inner, "open", True)).start()
+        other.open = True
+        inner.wait()
+        log.append("a0")
+
+    journeys.start(1, waits(), 1)
+    journeys.start(2, way(log, "b", other), 1)
+    journeys.progress()
+    assert log == ["a0", "b0"]
+
+
+class Awaited(Door):
+    """Who waits for it looks after errands until it is open, as with carriers; not for ever."""
+
+    def __init__(self, levels: Levels) -> None:
+        super().__init__()
+        self.levels = levels
 
     def wait(self) -> Sequence[Strips]:
-        assert self.open
+        ends = time.monotonic() + 5
+        while not self.open:
+            assert time.monotonic() < ends
+            self.levels.go_on()
+            time.sleep(0.001)
         return ()
 
 
@@ -147,16 +193,6 @@ class Opens(Done):
     def wait(self) -> Sequence[Strips]:
         self.door.open = True
         return ()
-
-
-def test_where_nothing_comes_somebody_waits_in_earnest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journeys_module, "_STILL", 0.01)
-    log, door = list[str](), Door()
-    journeys = Journeys(ordered=False, limit=100, far=True)
-    journeys.start(1, way(log, "a", door), 1)
-    journeys.finish()
-    assert door.waited == 1
-    assert log == ["a0"]
 
 
 def limit_of_a_job() -> int:

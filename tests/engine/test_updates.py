@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from shoal.comm.group import Done, Pending
+from shoal.comm.levels import Levels
 from shoal.engine.journeys import Journeys
 from shoal.engine.unit import Unit
 from shoal.engine.updates import Decided, Updates
@@ -27,7 +28,7 @@ def way(*stages: Pending) -> Generator[Pending, None, None]:
 def updated(units: Sequence[Unit], started: Sequence[int], stages: Pending) -> list[list[int]]:
     """The units of every call of the optimizer. Their gradients set out in the order `started`."""
     calls = list[list[int]]()
-    journeys = Journeys(ordered=False, limit=1000)
+    journeys = Journeys(Levels.one(1), ordered=False, limit=1000)
     gradients = SimpleNamespace(journeys=journeys, hand_out=lambda *_, **__: None, forget=lambda _: None)
     updates = Updates(cast(Any, gradients), lambda *_: None)
     updates.order = [u.index for u in units]

@@ -129,7 +129,7 @@ class Carrier(Protocol):
     def levels(self) -> Levels:
         """The hosts of all ranks, where ranks of one host have a shorter way to each other than to others.
 
-        While this rank waits, it goes on with `levels.relays`.
+        While this rank waits, it goes on with `levels.errands`, unless the carrier is `ordered`.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Which ranks are on one host, and what they do for each other: what crosses to another host crosses once.
 
-Note: who waits for whom. What has come from another host is passed on by the rank that it came to, whatever else that
-rank waits for: every wait of a carrier looks after its `Levels.relays`. So no two ranks wait for each other's relays.
+Note: who waits for whom. What has come to a rank and others need is passed on, whatever else that rank waits for: every
+wait of a carrier looks after its `Levels.errands`. So no two ranks wait for each other's errands.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ class Stage(Protocol):
     def ready(self) -> bool: ...
 
     def wait(self) -> object: ...
+
+
+class Errand(Protocol):
+    """What a rank has to do for others as soon as something has come."""
+
+    def go_on(self) -> None:
+        """Do what can be done without waiting. It may be called from within itself."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ class Levels:
 
     def __init__(self, hosts: Sequence[int]) -> None:
         self.hosts = tuple(hosts)
-        self.relays: list[Relay] = []
+        self.errands: list[Errand] = []
         self.crossed = Counter[str]()
         """Bytes that this rank has sent to other hosts, by verb, its sums by a backend left out."""
 
@@ -94,12 +102,9 @@ class Levels:
         return len({self.hosts[r] for r in ranks}) == 1
 
     def go_on(self) -> None:
-        """Pass on what has come."""
-        for relay in tuple(self.relays):
-            relay.go_on()
-
-    def can_go_on(self) -> bool:
-        return any(relay.far.ready() for relay in self.relays)
+        """Do for others what can be done."""
+        for errand in tuple(self.errands):
+            errand.go_on()
 
 
 class Relay:
@@ -114,14 +119,14 @@ class Relay:
     def __init__(self, levels: Levels, far: Stage, near: Stage, then: Callable[[], Stage]) -> None:
         self.levels, self.far, self.near, self.then = levels, far, near, then
         self.passed: Stage | None = None
-        levels.relays.append(self)
+        levels.errands.append(self)
 
     def go_on(self) -> None:
-        if self in self.levels.relays and self.far.ready():
+        if self in self.levels.errands and self.far.ready():
             self._pass_on()
 
     def _pass_on(self) -> None:
-        self.levels.relays.remove(self)  # first: waiting looks after relays
+        self.levels.errands.remove(self)  # first: waiting looks after errands
         self.far.wait()
         self.passed = self.then()
 

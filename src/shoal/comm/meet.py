@@ -137,9 +137,11 @@ class Met:
         self.meeting, self.intent, self.payload = meeting, intent, payload
         self._sharing = meeting.say(intent, payload)
         self._answers: list[bytes] | None = None
+        self._asking = False
 
     def ready(self) -> bool:
-        return self._answers is not None or self._sharing.pending.ready()
+        """Have all come to it? Not for others, while somebody waits for them."""
+        return self._answers is not None or (not self._asking and self._sharing.pending.ready())
 
     def ready_within(self, seconds: float) -> bool:
         """Have all come to it, now or so much later?"""
@@ -157,6 +159,7 @@ class Met:
 
     def answers(self) -> list[bytes]:
         """The payloads of all ranks. See `Meeting.meet`."""
+        self._asking = True
         while self._answers is None:
             heads = self._sharing.bytes()
             intents = [Intent(Want(w), n, m) for n, w, m in (_HEAD.unpack_from(h) for h in heads)]

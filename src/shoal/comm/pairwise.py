@@ -78,7 +78,7 @@ class Gloo:
         self.closed, self.failed = False, False
         self.group: Pairs | None
         self.waiter, self.spare, self.levels = Waiter(), Pool(), Levels.one(self.size)
-        self.beside: Callable[[], bool] = lambda: False  # do what others wait for; is there more of it to come?
+        self.beside: Callable[[], bool] = self.go_on  # do what others wait for; is there more of it to come?
         self.address, self.timeout = address, timeout
         self._sums: dict[str, Reductions] = {}
         before = sockets()
@@ -138,6 +138,13 @@ class Gloo:
             self._wires = {**self._wires, **apart_from(self.address.port, self._take(before))}
             self._sums[name] = Reductions(self, group, ranks, streams=False)
         return self._sums[name]
+
+    def go_on(self) -> bool:
+        """Do what others wait for, and what this rank waits for stays on its mark. Is there more of it to come?"""
+        where = self.watch.where
+        self.levels.go_on()
+        self.watch.where = where
+        return bool(self.levels.errands)
 
     def note(self, mark: str) -> None:
         self.watch.note(mark)

@@ -225,7 +225,7 @@ class Shared:
         with self.watch.waiting(label):
             start = judged = lived = time.monotonic()
             while lacks() is not None:
-                self.go_on()
+                self.far.go_on()
                 now = time.monotonic()
                 if now - start < _YIELD:
                     os.sched_yield()
@@ -239,18 +239,10 @@ class Shared:
                     judged = now
                     self._check_job(lacks, label)
 
-    def go_on(self) -> None:
-        """Pass on what has come; that is not what this rank waits for."""
-        if self.levels.relays:
-            where = self.watch.where
-            self.levels.go_on()
-            self.watch.where = where
-
     def look_after(self) -> bool:
-        """Do what other ranks of this host may wait for. Is there more of it to come?"""
+        """Do what others wait for; see `Gloo.beside`."""
         self.take_in()
-        self.go_on()
-        return bool(self.under_way or self.levels.relays)
+        return self.far.go_on() or bool(self.under_way)
 
     def take_in(self) -> None:
         """What has come for other transfers, and hand over what waits for room."""

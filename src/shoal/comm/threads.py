@@ -36,6 +36,7 @@ class Board:
         self.size, self.order = size, random.Random(seed) if seed is not None else None
         self.changed = threading.Condition()
         self.mail: dict[Key, deque[Strips]] = {}
+        self.came = Counter[int]()  # letters so far, by receiver
         self.commons = 0
         self.wants: dict[int, Callable[[], bool] | None] = dict.fromkeys(range(size))  # of living ranks; None: can run
         self.where, self.doing = [""] * size, ["starts"] * size
@@ -57,14 +58,17 @@ class Board:
 
     def receive(self, rank: int, key: Key, levels: Levels) -> Strips:
         with self.changed:
+            seen = self.came[rank]
             levels.go_on()
             while not self.mail.get(key) and not self.deadlock:
-                self.wants[rank] = lambda: bool(self.mail.get(key)) or levels.can_go_on()
+                self.wants[rank] = lambda seen=seen: bool(
+                    self.mail.get(key) or (levels.errands and self.came[rank] > seen)
+                )
                 states = get_states()
                 self.pass_on(rank)
                 self.changed.wait_for(lambda: self.holder == rank or self.deadlock)
                 set_states(states)
-                self.wants[rank] = None
+                self.wants[rank], seen = None, self.came[rank]
                 levels.go_on()
             if self.mail.get(key):
                 return self.mail[key].popleft()
@@ -109,6 +113,7 @@ class Threads:
 
     def mail(self, to: tuple[int, str], strips: Strips) -> None:
         self.board.mail.setdefault((self.rank, *to), deque()).append(strips)
+        self.board.came[to[0]] += 1
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)

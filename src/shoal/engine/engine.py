@@ -327,10 +327,8 @@ class Engine:
         mine = _OVERFLOW.pack(*(self.gradients.overflow or (-1, -1)))
         everyone = 0
         overflows: list[tuple[Overflow, int]] = []
-        voting = self.meeting.begin(Want.STEP, self.steps, mine + bits.to_bytes(size, "little"), model=self.number)
-        if self.gradients.journeys.far:
-            self.gradients.journeys.go_on(voting.ready)  # what votes is behind gradients, and others wait for our sums
-        for rank, answer in enumerate(voting.answers()):
+        votes = self._meet(Want.STEP, self.steps, mine + bits.to_bytes(size, "little"))
+        for rank, answer in enumerate(votes):
             everyone |= int.from_bytes(answer[_OVERFLOW.size :], "little")
             overflow = Overflow(*_OVERFLOW.unpack_from(answer))
             overflows += [(overflow, rank)] if overflow.leaf >= 0 else []

@@ -68,6 +68,7 @@ class Line:
 
     def __init__(self) -> None:
         self.waiting: deque[Later] = deque()
+        self._begins = False  # does somebody wait for the first of them? Nobody else does meanwhile
 
     def after(self, first: Pending, then: Callable[[Strips], Pending]) -> Pending:
         """`then` gets what came with `first`, and starts the rest."""
@@ -78,12 +79,16 @@ class Line:
 
     def progress(self) -> None:
         """Begin what needs no waiting."""
-        while self.waiting and self.waiting[0].first.ready():
+        while self.waiting and not self._begins and self.waiting[0].first.ready():
             self.begin()
 
     def begin(self) -> None:
         later = self.waiting[0]
-        came = later.first.wait()
+        self._begins = True
+        try:
+            came = later.first.wait()
+        finally:
+            self._begins = False
         self.waiting.popleft()
         later.rest = later.then(came[0])
 

@@ -66,9 +66,9 @@ class Gradients:
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         carrier = mesh.world.carrier
-        hosts = mesh.world.carrier.levels.hosts
-        far = 1 < len(hosts) == len(set(hosts))  # nobody here waits for what this rank has to pass on
-        self.journeys = Journeys(ordered=carrier.ordered, limit=largest if layerwise else carrier.plenty, far=far)
+        self.far = not carrier.levels.together(range(carrier.size))
+        limit = largest if layerwise else carrier.plenty
+        self.journeys = Journeys(carrier.levels, ordered=carrier.ordered, limit=limit)
         guard = partial(AwayGrad, layerwise=layerwise)
         self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
         self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}
@@ -258,7 +258,7 @@ class Gradients:
             turns.weights[leaf.number] = leaf.weight
         payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine)).ljust(8 * turns.leaves, b"\0")
         self.hearing = self.meeting.begin(Want.REDUCE, leaf.serial, payload, model=self.number)
-        if self.journeys.ordered or leaf.cursor is None or (self.journeys.far and self.hearing.ready_within(_A_MOMENT)):
+        if self.journeys.ordered or leaf.cursor is None or (self.far and self.hearing.ready_within(_A_MOMENT)):
             self.hear_weights()
 
     def hear_weights(self) -> None:

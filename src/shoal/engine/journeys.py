@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.comm.group import Done, Pending
+from shoal.comm.levels import Levels
 from shoal.engine.sums import Flow
-
-_GLANCE = 0.0005
-"""Seconds between two looks at what has come."""
-_STILL = 1.0
-"""Seconds without anything that comes, after which somebody else has to find out why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,18 +28,19 @@ class Gate(Done):
 
 
 class Journeys:
-    """Those of one model, by unit.
+    """Those of one model, by unit. Whatever this rank waits for, they go on: others wait for its sums.
 
     Args:
+        levels: see `Carrier.levels`.
         ordered: see `Carrier.ordered`.
         limit: bytes under way at the same time.
-        far: is much under way at once on a long way? Who waits for one then goes on with others meanwhile.
     """
 
-    def __init__(self, *, ordered: bool, limit: int, far: bool = False) -> None:
-        self.ordered, self.limit, self.far = ordered, limit, far and not ordered
+    def __init__(self, levels: Levels, *, ordered: bool, limit: int) -> None:
+        self.levels, self.ordered, self.limit = levels, ordered, limit
         self.under_way: dict[int, Journey] = {}  # the oldest first
-        self.moved = 0  # stages so far
+        self.awaited: Pending | None = None
+        self._moves = False  # is one of them moving now? It may wait itself, and nobody else moves any then
         self.gated = False  # do results stop on their way until those that are needed earlier have come as far?
         self.arrived: Callable[[int], None] = lambda _unit: None
         self._order: Sequence[int] = ()
@@ -54,6 +50,8 @@ class Journeys:
         first = next(flow, None)
         if first is not None:
             self.under_way[unit] = Journey(flow, first, nbytes)
+            if not self.ordered and self not in self.levels.errands:
+                self.levels.errands.append(self)
         while sum(j.nbytes for j in self.under_way.values()) > self.limit and self._moving() not in (None, unit):
             self._continue(self._moving())
 
@@ -63,25 +61,29 @@ class Journeys:
 
     def progress(self) -> None:
         """Bring everything as far as it gets without waiting; nothing, where what is ready first must not go first."""
-        for unit in list(self.under_way) if not self.ordered else ():
-            while unit in self.under_way and self.under_way[unit].pending.ready():
-                self._continue(unit)
-        if self._order and self._moving() is None:
-            for unit in self._order:
-                if unit in self.under_way and not self.under_way[unit].through:
-                    self.under_way[unit].through = True
+        if self._moves:
+            return
+        self._moves = True
+        try:
+            for unit in list(self.under_way) if not self.ordered else ():
+                while unit in self.under_way and self._ready(self.under_way[unit]):
                     self._continue(unit)
-            self._order = ()
+            if self._order and self._moving() is None:
+                self._open_gates()
+        finally:
+            self._moves = False
 
-    def go_on(self, until: Callable[[], bool]) -> None:
-        """Bring everything as far as it gets until that is so, all is there, or nothing has come for a second."""
-        moved, ends = self.moved, time.monotonic() + _STILL
-        while self.under_way and not until() and time.monotonic() < ends:
-            self.progress()
-            if self.moved > moved:
-                moved, ends = self.moved, time.monotonic() + _STILL
-            else:
-                time.sleep(_GLANCE)
+    go_on = progress
+
+    def _ready(self, journey: Journey) -> bool:
+        return journey.pending is not self.awaited and journey.pending.ready()
+
+    def _open_gates(self) -> None:
+        for unit in self._order:
+            if unit in self.under_way and not self.under_way[unit].through:
+                self.under_way[unit].through = True
+                self._continue(unit)
+        self._order = ()
 
     def wait_for(self, unit: int) -> None:
         """Until a unit's gradients are where they have to be."""
@@ -105,14 +107,22 @@ class Journeys:
 
     def passed(self, pending: Pending) -> None:
         """It is over: all that wait for it go on, in the order in which they have started."""
-        self.moved += 1
-        for unit, journey in [(u, j) for u, j in self.under_way.items() if j.pending is pending]:
-            following = next(journey.flow, None)
-            if following is None:
-                del self.under_way[unit]
-                self.arrived(unit)
-            else:
-                journey.pending = following
+        before, self._moves = self._moves, True
+        try:
+            for unit, journey in [(u, j) for u, j in self.under_way.items() if j.pending is pending]:
+                following = next(journey.flow, None)
+                if following is None:
+                    self._end(unit)
+                else:
+                    journey.pending = following
+        finally:
+            self._moves = before
+
+    def _end(self, unit: int) -> None:
+        del self.under_way[unit]
+        if not self.under_way and not self.ordered:
+            self.levels.errands.remove(self)
+        self.arrived(unit)
 
     def _moving(self) -> int | None:
         """The oldest on its way to a gate, or to its end where there are none.
@@ -126,10 +136,10 @@ class Journeys:
         """Bring a journey one stage further."""
         if unit is None:
             return
-        journey = self.under_way[unit]
-        pending = journey.pending
-        if self.far and not isinstance(pending, Gate) and not pending.ready():
-            self.go_on(lambda: self.under_way.get(unit) is not journey or journey.pending is not pending)
-        if self.under_way.get(unit) is journey and journey.pending is pending:
+        pending = self.under_way[unit].pending
+        before, self.awaited = self.awaited, pending
+        try:
             pending.wait()
-            self.passed(pending)
+        finally:
+            self.awaited = before
+        self.passed(pending)
