@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shoal.comm.group import Group
+from shoal.comm.levels import Levels
 from shoal.comm.mesh import Mesh
 from shoal.comm.meter import Meter
 from shoal.errors import OrderError, StalledError
@@ -169,6 +170,41 @@ def test_what_does_not_match_is_never_delivered(pool: Pool) -> None:
 def test_what_does_not_match_on_threads(how: str, text: str, pool: Pool) -> None:
     with pytest.raises(AssertionError, match=text):
         on("threads", pool, unequal, how)
+
+
+class PassOn:
+    """What came from rank 1 goes back to it, whatever rank 0 waits for then."""
+
+    def __init__(self, world: Group, levels: Levels) -> None:
+        self.world, self.levels = world, levels
+        self.word = torch.zeros(1)
+        self.coming = world.swap("to", [[], []], [[], [[self.word]]], "0")
+        levels.errands.append(self)
+
+    def go_on(self) -> None:
+        if self in self.levels.errands and self.coming.ready():
+            self.levels.errands.remove(self)
+            self.coming.wait()
+            self.world.swap("back", [[], [[self.word + 1]]], [[], []], "to 1").wait()
+
+
+def there_and_back() -> float:
+    with joined() as carrier:
+        world, word, last = world_of(carrier), torch.ones(1), torch.zeros(1)
+        if world.rank == 0:
+            PassOn(world, carrier.levels)
+            world.swap("last", [[], []], [[], [[last]]], "word").wait()
+        else:
+            sent = world.swap("to", [[[word]], []], [[], []], "0")
+            world.swap("back", [[], []], [[[last]], []], "to 1").wait()
+            sent.wait()
+            world.swap("last", [[[last]], []], [[], []], "word").wait()
+        return last.item()
+
+
+@on_every_carrier
+def test_whatever_a_rank_waits_for_it_does_its_errands(kind: str, pool: Pool) -> None:
+    assert on(kind, pool, there_and_back) == [2.0, 2.0]
 
 
 def too_late() -> None:

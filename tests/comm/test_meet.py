@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
-from shoal.comm.group import LAST_DOING, Done, Group, Sharing
+from shoal.comm.group import LAST_DOING, Done, Group, Sharing, Strips
 from shoal.comm.meet import Intent, Meeting, Want
 from shoal.comm.meter import Meter
 from shoal.comm.threads import run
@@ -75,6 +75,28 @@ class Late(Done):
 
     def ready(self) -> bool:
         return self.come.is_set()
+
+
+def test_what_somebody_waits_for_is_not_there_for_others() -> None:
+    """Waits do other things meanwhile, and two who take one answer would both look for the next."""
+    met, _ = meeting([(Want.REDUCE, 1)])
+    begun = met.begin(Want.REDUCE, 1)
+    seen = list[bool]()
+    begun._sharing = begun._sharing._replace(pending=Watched(lambda: seen.append(begun.ready())))  # pyright: ignore[reportPrivateUsage]
+    assert begun.ready()
+    begun.wait()
+    assert seen == [False]
+    assert begun.ready()
+
+
+class Watched(Done):
+    def __init__(self, waited: Callable[[], None]) -> None:
+        super().__init__()
+        self.waited = waited
+
+    def wait(self) -> Sequence[Strips]:
+        self.waited()
+        return ()
 
 
 def test_gathers_are_granted_before_anything_else() -> None:

@@ -56,6 +56,34 @@ def test_who_waits_for_one_waits_for_those_before_it() -> None:
     assert begun == [0, 1]
 
 
+class Looks(Held):
+    """While one waits for it, others are looked at, which is how any carrier waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits, self.look = 0, bool
+
+    def wait(self) -> Sequence[Strips]:
+        self.waits += 1
+        self.here = True
+        assert not self.look()
+        return [[torch.ones(1)]]
+
+
+def test_what_somebody_waits_for_is_begun_once() -> None:
+    line, first, begun = Line(), Looks(), list[Strips]()
+
+    def begin(strips: Strips) -> Pending:
+        begun.append(strips)
+        return Done([strips])
+
+    later = line.after(first, begin)
+    first.look = later.ready
+    later.wait()
+    assert (first.waits, len(begun)) == (1, 1)
+    assert later.ready()
+
+
 def test_what_is_here_begins_at_once() -> None:
     begun: list[Strips] = []
     later = Line().after(Done([[torch.zeros(2)]]), lambda strips: begun.append(strips) or Done())

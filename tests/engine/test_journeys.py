@@ -128,6 +128,7 @@ def test_whatever_a_rank_waits_for_others_go_on() -> None:
     threading.Timer(0.02, lambda: setattr(second, "open", True)).start()
     journeys.wait()
     assert log == ["b0", "b1", "a0"]
+    assert first.waited == 1  # though others saw that it was there while somebody waited for it
     assert not levels.errands
 
 
@@ -175,11 +176,13 @@ class Awaited(Door):
         self.levels = levels
 
     def wait(self) -> Sequence[Strips]:
+        self.waited += 1
         ends = time.monotonic() + 5
         while not self.open:
             assert time.monotonic() < ends
             self.levels.go_on()
             time.sleep(0.001)
+        self.levels.go_on()
         return ()
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from shoal.comm.boxes import Boxes, numbered
 from shoal.comm.group import FAR, Box, Common, Kept, MakeSums, Parcel, Pending, Strips
 from shoal.comm.lanes import tag_of
-from shoal.comm.levels import Levels
 from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
 from shoal.comm.pool import Pool
 from shoal.comm.waiter import Lost
@@ -58,7 +57,7 @@ class Mpi:
         self.lives = Gloo(address, timeout=timeout, report=report)
         self.rank, self.size, self.sent = address.rank, address.size, self.lives.sent
         self.closed, self.failed, self.spare = False, False, Pool()
-        self.levels = Levels.one(self.size)  # MPI knows hosts itself, and not what they could add up
+        self.levels = self.lives.levels  # of one: MPI knows hosts itself, and not what they could add up
         self.most = int(world.Get_attr(self.mpi.TAG_UB) or 32767)
         # apart from what the program itself sends; not by Idup, after which Open MPI 5.0 may crash at its end
         self.comm = bounded(lambda: world.Dup(), timeout + MARGIN, address)
@@ -164,6 +163,7 @@ class Requests:
         lives, begin = self.carrier.lives, time.monotonic()
         look, missed = begin + TICK, cast(Lost | None, None)
         while not self.ready():
+            lives.go_on()
             now = time.monotonic()
             if now >= look:
                 look = now + TICK
