@@ -16,7 +16,8 @@ from shoal.comm.lanes import asked_interfaces
 from shoal.comm.meter import Alone
 from shoal.comm.mpi import Mpi
 from shoal.comm.nccl import over_devices, own_device, uuid_of
-from shoal.comm.pairwise import Address, Gloo
+from shoal.comm.pairwise import Gloo
+from shoal.comm.rendezvous import Address
 from shoal.launch.place import find_place
 from shoal.logs import warn
 from shoal.settings import Resolved, resolve

@@ -9,7 +9,7 @@ import pytest
 
 from shoal.comm import mpi
 from shoal.comm.mpi import Mpi
-from shoal.comm.pairwise import Address
+from shoal.comm.rendezvous import Address
 from shoal.errors import EnvironmentFault
 
 NOWHERE = Address(1, 2, "127.0.0.1", 1, False)

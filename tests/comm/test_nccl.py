@@ -17,8 +17,9 @@ from torch import Tensor
 from shoal.comm import nccl
 from shoal.comm.group import Group, Like, current
 from shoal.comm.nccl import Nccl, _unwatched
-from shoal.comm.pairwise import Address, Gloo
+from shoal.comm.pairwise import Gloo
 from shoal.comm.reductions import Reductions
+from shoal.comm.rendezvous import Address
 from shoal.errors import PeerLost, StalledError
 from shoal.start import find_carrier
 from tests.equivalence.models import Outcome, on_threads, trainer

@@ -14,8 +14,9 @@ from shoal.comm import nccl
 from shoal.comm.group import Box, Carrier, Done, Group, Like, Parcel, Pending, current
 from shoal.comm.meter import Meter
 from shoal.comm.nccl import Asked, Order, Said, against_nccl, over_devices, own_device, uuid_of
-from shoal.comm.pairwise import Address, Gloo
+from shoal.comm.pairwise import Gloo
 from shoal.comm.reductions import Reductions
+from shoal.comm.rendezvous import Address
 from shoal.comm.routed import Routed
 from shoal.comm.staged import Staged
 from shoal.comm.threads import run

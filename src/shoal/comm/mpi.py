@@ -21,8 +21,9 @@ from torch import Tensor
 from shoal.comm.boxes import Boxes, numbered
 from shoal.comm.group import FAR, Box, Common, Kept, MakeSums, Parcel, Pending, Strips
 from shoal.comm.lanes import tag_of
-from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
+from shoal.comm.pairwise import Gloo
 from shoal.comm.pool import Pool
+from shoal.comm.rendezvous import MARGIN, Address, bounded
 from shoal.comm.waiter import Lost
 from shoal.comm.watch import TICK
 from shoal.errors import EnvironmentFault, PeerError

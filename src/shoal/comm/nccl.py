@@ -26,9 +26,10 @@ from torch._C._distributed_c10d import PrefixStore
 from shoal.comm.boxes import Boxes, Numbered, numbered
 from shoal.comm.group import FAR, Box, Carrier, Common, Kept, MakeSums, Parcel, Pending, Strips, Sums
 from shoal.comm.levels import Levels
-from shoal.comm.pairwise import MARGIN, Address, Gloo, bounded
+from shoal.comm.pairwise import Gloo
 from shoal.comm.pool import Pool
 from shoal.comm.reductions import Reductions
+from shoal.comm.rendezvous import MARGIN, Address, bounded
 from shoal.comm.routed import Routed, off_host
 from shoal.comm.staged import Staged
 from shoal.comm.waiter import Lost

@@ -23,12 +23,11 @@ from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
 from shoal.engine.units import around, together
 from shoal.engine.updates import Decided, Updates
+from shoal.engine.votes import Vote, counted, size_of
 from shoal.errors import OrderError
 from shoal.leaves import Assignment
 from shoal.random import mix
 from shoal.rules import Moment, Op, Rules, every_leaf
-
-_OVERFLOW = struct.Struct("<ii")
 
 
 class Engine:
@@ -90,7 +89,7 @@ class Engine:
         self.every_leaf = every_leaf(self.moments.rules[Moment.AFTER_BACKWARD])
         away = any(not u.resident for u in self.units)
         self.gathers = away and any(r.op is Op.GATHER for r in self.moments.rules[Moment.BEFORE_FORWARD])
-        self.meeting.make_room(max(8 * leaves, len(self.gradients.names) // 8 + 2 + _OVERFLOW.size))
+        self.meeting.make_room(max(8 * leaves, size_of(self.gradients.names)))
         self._new_step(leaves)
 
     def _new_step(self, present: int) -> None:
@@ -318,24 +317,15 @@ class Engine:
         while self.turn < self.turns.count:  # serve ranks that have more leaves
             self._open(None, 0.0)
             self.end_leaf()
-        self.gradients.hear_weights()
+        self.gradients.weights.hear()
         self.updates.catch_up(wait=True)
-        names = self.gradients.names
-        bits = sum(1 << i for i, n in enumerate(names) if n in self.touched)
-        bits |= self.buffers.changed << len(names)
-        size = len(names) // 8 + 1
-        mine = _OVERFLOW.pack(*(self.gradients.overflow or (-1, -1)))
-        everyone = 0
-        overflows: list[tuple[Overflow, int]] = []
-        votes = self._meet(Want.STEP, self.steps, mine + bits.to_bytes(size, "little"))
-        for rank, answer in enumerate(votes):
-            everyone |= int.from_bytes(answer[_OVERFLOW.size :], "little")
-            overflow = Overflow(*_OVERFLOW.unpack_from(answer))
-            overflows += [(overflow, rank)] if overflow.leaf >= 0 else []
-        self.overflow = min(overflows, default=None)
-        touched = {n for i, n in enumerate(names) if everyone >> i & 1 and self.overflow is None}
-        self.decided = Decided(step=self.steps, touched=frozenset(touched), apart=self.grads_written())
-        if everyone >> len(names):
+        vote = Vote(self.touched, self.buffers.changed, self.gradients.overflow)
+        votes = self._meet(Want.STEP, self.steps, vote.packed(self.gradients.names))
+        result = counted(votes, self.gradients.names)
+        self.overflow = result.overflow
+        touched = frozenset(result.touched if self.overflow is None else ())
+        self.decided = Decided(step=self.steps, touched=touched, apart=self.grads_written())
+        if result.changed:
             self.buffers.settle(self.turns)
 
     def settle(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Collection, Generator, Sequence
 from functools import partial
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from shoal.comm.group import Common, Pending
-from shoal.comm.meet import Meeting, Met, Want
+from shoal.comm.meet import Meeting
 from shoal.comm.mesh import Mesh
-from shoal.comm.meter import Meter
 from shoal.comm.pool import Pool
 from shoal.engine.away import AwayGrad
 from shoal.engine.cells import local_gradient
@@ -25,12 +23,10 @@ from shoal.engine.strips import not_finite, strips_of
 from shoal.engine.sums import Flow, Mean, Sum, Sums, between, drain, even_bounds, keep, new_tree, own
 from shoal.engine.turns import Turns
 from shoal.engine.unit import Unit
+from shoal.engine.weights import Weights
 from shoal.errors import OrderError
 from shoal.leaves import Node, Weighed
 from shoal.rules import Moment, Op, Rules
-
-_A_MOMENT = 0.005
-"""Seconds for which ranks of several hosts wait for each other's weights: a network is idle until they are there."""
 
 
 class Gradients:
@@ -59,16 +55,16 @@ class Gradients:
         self.number, self.scale = number, scale
         self.overflow: Overflow | None = None  # of this step, on this rank
         self.units = [u for u in units if u.trainable]
-        self.mesh, self.meeting = mesh, meeting
+        self.mesh = mesh
         self.rules = [r for r in rules if r.moment is Moment.AFTER_BACKWARD]
         self.names = [n for u in self.units for n in u.params]
         self.pool = Pool(kept=1)
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         carrier = mesh.world.carrier
-        self.far = not carrier.levels.together(range(carrier.size))
         limit = largest if layerwise else carrier.plenty
         self.journeys = Journeys(carrier.levels, ordered=carrier.ordered, limit=limit)
+        self.weights = Weights(mesh, meeting, number, self.journeys)
         guard = partial(AwayGrad, layerwise=layerwise)
         self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
         self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}
@@ -89,8 +85,7 @@ class Gradients:
         self.mine: dict[int, Sums] = {u.index: new_tree(turns.twigs) for u in self.units}
         self.sums: dict[int, Sums] = {u: new_tree(turns.twigs) for u in self.mine}
         self.growing: dict[int, tuple[int, Weighed[Sum]]] = {}  # per unit: leaves so far of the twig, and their sum
-        self.weights_said = -1
-        self.hearing: Met | None = None  # weights of leaves that are not all known yet
+        self.weights.begin(turns)
 
     # ---------------------------------------------------------------- in a leaf
 
@@ -200,7 +195,7 @@ class Gradients:
         """Send a unit's gradients on their way, as far as the rules say in this turn."""
         last = self._last(leaf)
         ops = [r.op for r in self.rules if last or not r.last]
-        self._say_weights(leaf)
+        self.weights.say(leaf)
         self.journeys.wait_for(unit.index)  # those of the turn before
         if Op.AGREE in ops and self.fast is None and unit.index not in self.commons:  # all start in one order
             numel = unit.mine.stop - unit.mine.start
@@ -219,9 +214,9 @@ class Gradients:
         key = f"unit {unit.index} turn {leaf.serial}"  # each rank goes on as soon as it can
         turns, tree = self.turns, self.sums[unit.index]  # of this step; a next one may have begun when all is done
         mine = drain(self.mine[unit.index])  # before those of the next turn join them
-        if self.hearing is not None:
-            yield self.hearing
-            self._learn_weights()
+        if self.weights.hearing is not None:
+            yield self.weights.hearing
+            self.weights.learn()
         if self.fast is not None:
             done = yield from self.fast.journey(unit, mine, turns, key, last=Op.AGREE in ops)
             self.results |= {unit.index: done} if done is not None else {}
@@ -245,40 +240,6 @@ class Gradients:
         yield pending
         pending.wait()
         self.told |= {n for n, column in zip(names, told.unbind(1), strict=True) if bool(column.any())}
-
-    def _say_weights(self, leaf: Leaf) -> None:
-        """Once a turn: everybody hears the weights of everybody's leaves so far, and computes on until then."""
-        if self.weights_said >= leaf.turn:
-            return
-        self.hear_weights()
-        self.weights_said = leaf.turn
-        turns = self.turns
-        mine = turns.of(self.mesh.cell)
-        if leaf.number is not None:
-            turns.weights[leaf.number] = leaf.weight
-        payload = struct.pack(f"<{len(mine)}d", *(turns.weights[n] for n in mine)).ljust(8 * turns.leaves, b"\0")
-        self.hearing = self.meeting.begin(Want.REDUCE, leaf.serial, payload, model=self.number)
-        if self.journeys.ordered or leaf.cursor is None or (self.far and self.hearing.ready_within(_A_MOMENT)):
-            self.hear_weights()
-
-    def hear_weights(self) -> None:
-        """Wait until all have said theirs; gradients that wait for that begin their journeys."""
-        hearing = self.hearing
-        if hearing is not None:
-            self._learn_weights()
-            self.journeys.passed(hearing)
-
-    def _learn_weights(self) -> None:
-        hearing, self.hearing = self.hearing, None
-        if hearing is None:
-            return
-        turns = self.turns
-        if isinstance(self.mesh.world.carrier, Meter):
-            turns.assume_full()  # in a dry run everybody answers what this rank says
-            return
-        for rank, answer in enumerate(hearing.answers()):
-            theirs = turns.of(self.mesh.cell_of(rank))
-            turns.learn(dict(zip(theirs, struct.unpack_from(f"<{len(theirs)}d", answer), strict=True)))
 
     def _reduce(
         self, unit: Unit, mine: list[tuple[Node, Weighed[Sum]]], tree: Sums, turn: int, key: str
