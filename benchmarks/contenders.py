@@ -23,6 +23,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
+from shoal import DistributedDataParallel as DropInDDP
+from shoal import ZeroRedundancyOptimizer as DropInZero
 from shoal import init
 
 RATE = 3e-4
@@ -175,6 +177,19 @@ def _shoal(
     return opened
 
 
+@contextmanager
+def _drop_in_ddp(task: Model) -> Generator[Trained]:
+    """The program of torch DDP with shoal's name."""
+    model = DropInDDP(task.make())
+    yield _usual(model, _adam(model))
+
+
+@contextmanager
+def _drop_in_zero(task: Model) -> Generator[Trained]:
+    model = DropInDDP(task.make())
+    yield _usual(model, DropInZero(model.parameters(), optimizer_class=AdamW, lr=RATE))
+
+
 def shoal(strategy: str, words: str = "", *, units: int | None = None, **settings: object) -> Contender:
     """A contender of shoal's own. `words` stand before its name; `settings` go to `init`, `units` to `prepare`."""
     name = " ".join(filter(None, ("shoal", words, strategy)))
@@ -204,6 +219,8 @@ CONTENDERS = (
     shoal("zero2"),
     shoal("zero3"),
     shoal("hybrid"),
+    Contender(name="shoal drop-in DDP", function=Function.DDP, open=_drop_in_ddp),
+    Contender(name="shoal drop-in ZeroRedundancy", function=Function.ZERO1, open=_drop_in_zero),
     # Exact numerics against gloo's own sums, which only gloo has: shared memory would make both of them exact.
     shoal("ddp", "pending", pending=True),
     shoal("zero1", "pending", pending=True),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import cast
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from shoal.comm.meet import Meeting
 from shoal.dropin.events import Event, Events, Told
 from shoal.dropin.mean import CAP, Averager, Hook, spread_all
+from shoal.dropin.overlap import Overlap
 from shoal.dropin.strays import digest, power_of_eight
 from shoal.dropin.world import world
 from shoal.engine.autograd import at_end_of_backward, graph_task
@@ -34,7 +37,7 @@ REFUSED = {
 
 
 class DistributedDataParallel(nn.Module):
-    """Averages gradients over ranks during `backward`, with the signature and meaning of torch's wrapper.
+    """Averages gradients over ranks while `backward` runs, with the signature and meaning of torch's wrapper.
 
     After `backward` every `p.grad` is the plain mean of all ranks', summed in a fixed order: the same bits again at the
     same number of ranks. Data, generators and the optimizer are the caller's. All ranks start from rank 0's parameters
@@ -86,7 +89,8 @@ class DistributedDataParallel(nn.Module):
         self.broadcast_buffers = every is None or every
         self.require_backward_grad_sync = True
         self._averager = Averager(self._group, self._params, CAP if bucket_cap_mb is None else bucket_cap_mb)
-        self._events = Events(self._group, len(names))
+        self._overlap = Overlap(self._averager)
+        self._events = Events(self._group, len(names), len(self._averager.buckets))
         self._world.goodbyes.append(lambda events=self._events: events.tell(Event.LEFT))
         self._hook: tuple[Hook, object] | None = None
         self._join: _Join | None = None
@@ -140,9 +144,16 @@ class DistributedDataParallel(nn.Module):
             self._calls.add(call)
             at_end_of_backward(lambda: self._over(call))
 
-    def _accumulated(self, _param: Tensor) -> None:
+    def _accumulated(self, param: Tensor) -> None:
         if not self._calls:  # the way here did not lead through the module's outputs
             self._begins(())
+        if self._sync and self._overlaps:
+            self._overlap.accumulated(cast(nn.Parameter, param))
+
+    @property
+    def _overlaps(self) -> bool:
+        """May gradients travel while backward runs? Not while ranks may be out of data."""
+        return self._hook is None and self._join is None and self._group.size > 1
 
     def _over(self, call: int) -> None:
         self._calls.discard(call)
@@ -153,8 +164,12 @@ class DistributedDataParallel(nn.Module):
         if self._group.size == 1 and self._hook is None:
             return
         self._steps += 1
+        late = 0
+        if self._overlaps:
+            self._overlap.start_all()
+            late = self._overlap.late
         state = digest(self.module.parameters()) if self._looks_at_state() else b""
-        told = self._tell(Event.BACKWARD, self._averager.touched(), self._batch, state)
+        told = self._tell(Event.BACKWARD, self._averager.touched(), late, self._batch, state)
         self._learn(told)
         self._compare(told)
         self._batch = b""
@@ -167,12 +182,17 @@ class DistributedDataParallel(nn.Module):
     def _exchange(self, told: Sequence[Told]) -> None:
         whole = self._join is None or self._join.initial
         divisor = self._group.size if whole else sum(self._active)
-        self._averager.average((each.touched for each in told), self._active, divisor, self._hook)
+        touched = reduce(or_, (each.touched for each in told))
+        if self._overlaps:
+            touched = self._overlap.finish(touched, reduce(or_, (each.late for each in told)))
+        self._averager.average([touched], self._active, divisor, self._hook)
 
-    def _tell(self, event: Event, touched: int = 0, batch: bytes = b"", state: bytes = b"") -> list[Told]:
-        strict = self._join is not None and self._join.strict
+    def _tell(
+        self, event: Event, touched: int = 0, late: int = 0, batch: bytes = b"", state: bytes = b""
+    ) -> list[Told]:  # fmt: skip
+        joins, strict = self._join is not None, self._join is not None and self._join.strict
         return self._events.tell(
-            event, steps=self._steps, touched=touched, batch=batch, state=state, strict=strict
+            event, steps=self._steps, touched=touched, late=late, batch=batch, state=state, joins=joins, strict=strict
         )  # fmt: skip
 
     def _learn(self, told: Sequence[Told]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from shoal.comm.group import Group
 from shoal.errors import DivergedError, OrderError
 
-_HEAD = struct.Struct("<BBq8s8s")
+_HEAD = struct.Struct("<BBBq8s8s")
 
 
 class Event(IntEnum):
@@ -33,11 +33,13 @@ class Told(NamedTuple):
     """What one rank has said. `batch`: a digest of its inputs; `state`: of its parameters; empty: not taken."""
 
     event: Event
+    joins: bool  # is it inside `join`?
     strict: bool  # does one rank without data end it for all?
     steps: int
     batch: bytes
     state: bytes
     touched: int  # a bit for every parameter that has a gradient
+    late: int  # a bit for every bucket that got gradients when it was under way
 
 
 class Events:
@@ -45,15 +47,15 @@ class Events:
 
     Args:
         group: the ranks.
-        count: of the model's parameters.
+        params, buckets: how many there are.
     """
 
-    def __init__(self, group: Group, count: int) -> None:
-        self.group, self.size = group, count // 8 + 1
+    def __init__(self, group: Group, params: int, buckets: int) -> None:
+        self.group, self.params, self.size = group, params, (params + buckets) // 8 + 1
 
     def tell(
-        self, event: Event, *, steps: int = 0, touched: int = 0, batch: bytes = b"", state: bytes = b"",
-        strict: bool = False,
+        self, event: Event, *, steps: int = 0, touched: int = 0, late: int = 0, batch: bytes = b"",
+        state: bytes = b"", joins: bool = False, strict: bool = False,
     ) -> list[Told]:  # fmt: skip
         """What every rank says, in their order. Ranks that are out of data agree with whatever the others do.
 
@@ -61,12 +63,18 @@ class Events:
             DivergedError: ranks that have data do different things.
             OrderError: `strict`, and some rank is out of data.
         """
-        head = _HEAD.pack(event, strict, steps, batch.ljust(8, b"\0"), state.ljust(8, b"\0"))
+        head = _HEAD.pack(event, joins, strict, steps, batch.ljust(8, b"\0"), state.ljust(8, b"\0"))
+        mine = touched | late << self.params
         told: list[Told] = []
-        for data in self.group.share("events", head + touched.to_bytes(self.size, "little")):
-            kind, hard, number, inputs, params = _HEAD.unpack_from(data)
+        for data in self.group.share("events", head + mine.to_bytes(self.size, "little")):
+            kind, inside, hard, number, inputs, params = _HEAD.unpack_from(data)
             bits = int.from_bytes(data[_HEAD.size :], "little")
-            told.append(Told(Event(kind), bool(hard), number, inputs.rstrip(b"\0"), params.rstrip(b"\0"), bits))
+            told.append(
+                Told(
+                    Event(kind), bool(inside), bool(hard), number, inputs.rstrip(b"\0"), params.rstrip(b"\0"),
+                    bits & ((1 << self.params) - 1), bits >> self.params,
+                )
+            )  # fmt: skip
         busy = {t.event for t in told if t.event is not Event.DONE}
         if len(busy) > 1:
             what = "; ".join(f"rank {r} {_WORDS[t.event]}" for r, t in zip(self.group.ranks, told, strict=True))
@@ -74,6 +82,12 @@ class Events:
                 f"ranks do different things with a DistributedDataParallel: {what}",
                 cause="unequal numbers of batches, or a branch that only some ranks take",
                 remedy="`with model.join():` around the loop for unequal data; model.module(x) for one rank alone",
+            )
+        if busy and len({t.joins for t in told}) > 1:
+            inside = ", ".join(str(r) for r, t in zip(self.group.ranks, told, strict=True) if t.joins)
+            raise DivergedError(
+                f"rank {inside} is inside `with model.join():`, and others are not",
+                remedy="join() around the loop on all ranks; those with data for longer need it, too",
             )
         out = [str(r) for r, t in zip(self.group.ranks, told, strict=True) if t.event is Event.DONE]
         if out and busy and any(t.strict for t in told):

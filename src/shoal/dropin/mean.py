@@ -115,7 +115,8 @@ class Averager:
             bits |= each
         wanted = [[i for i in bucket if bits >> i & 1] for bucket in self.buckets]
         wanted = [places for places in wanted if places]
-        flats = [self._flatten(places, present=active[self.group.rank]) for places in wanted]
+        present = active[self.group.rank]
+        flats = [self.flatten(places, present=present) for places in wanted]
         if hook is not None:
             for number, (places, flat) in enumerate(zip(wanted, flats, strict=True)):
                 last = number == len(wanted) - 1
@@ -124,15 +125,18 @@ class Averager:
                 future = call(state, bucket)
                 future.wait()
                 value = future.value()
-                self._hand_out(places, value[0] if isinstance(value, (list, tuple)) else value, active)
+                if present:
+                    self.hand_out(places, value[0] if isinstance(value, (list, tuple)) else value, bits)
             return
         flows = [mean_of(self.group, flat, active, divisor, self.pool) for flat in flats]  # all begin
         for places, flow in zip(wanted, flows, strict=True):
             result = flow.wait()
-            self._hand_out(places, result, active)
+            if present:
+                self.hand_out(places, result, bits)
             self.pool.give(result)
 
-    def _flatten(self, places: Sequence[int], *, present: bool) -> Tensor:
+    def flatten(self, places: Sequence[int], *, present: bool) -> Tensor:
+        """Gradients of the parameters at these places side by side; zeros for what has none, or is not `present`."""
         parts = [self.params[i] for i in places]
         dtype = self.wire if self.wire is not None and parts[0].is_floating_point() else parts[0].dtype
         flat = torch.zeros(sum(p.numel() for p in parts), dtype=dtype, device=parts[0].device)
@@ -143,11 +147,12 @@ class Averager:
         return flat
 
     @torch.no_grad()
-    def _hand_out(self, places: Sequence[int], flat: Tensor, active: Sequence[bool]) -> None:
-        if not active[self.group.rank]:
-            return
+    def hand_out(self, places: Sequence[int], flat: Tensor, touched: int) -> None:
+        """Make of `flat` the gradients of the parameters at these places that some rank has touched."""
         parts = [self.params[i] for i in places]
-        for p, view in zip(parts, torch.split(flat, [p.numel() for p in parts]), strict=True):
+        for i, p, view in zip(places, parts, torch.split(flat, [p.numel() for p in parts]), strict=True):
+            if not touched >> i & 1:
+                continue
             if p.grad is None:
                 p.grad = view.view(p.shape).to(p.dtype, copy=True)
             else:
@@ -195,12 +200,13 @@ def mean_of(group: Group, flat: Tensor, active: Sequence[bool], divisor: float, 
         flat: this rank's, which is used up.
         active: per rank, whether its tensor counts.
     """
-    return Flow(_mean(group, flat, active, divisor, pool))
+    return Flow(mean_steps(group, flat, active, divisor, pool))
 
 
-def _mean(
-    group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool
+def mean_steps(
+    group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool, key: str = ""
 ) -> Generator[Pending, None, Tensor]:  # fmt: skip
+    """The same, transfer by transfer. `key`: what all ranks know it by; "": by the order in which they begin."""
     size = group.size
     if size == 1:
         return flat if divisor == 1 else flat.div_(divisor)
@@ -210,7 +216,7 @@ def _mean(
     like = flat[:0]
     result = yield from agree(
         group, even_bounds(0, flat.numel(), size), [(0, flat.numel())], [(Node(0, group.rank), mine)], held, divisor,
-        size, pool, like,
+        size, pool, like, key=key,
     )  # fmt: skip
     assert result.flat is not None
     assert result.strips is not None

@@ -1,0 +1,163 @@
+"""Gradients travel while backward runs, and end as if they had travelled afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import shoal
+from shoal.comm.threads import run
+from shoal.dropin.ddp import DistributedDataParallel
+from shoal.dropin.overlap import Overlap
+from shoal.errors import DivergedError
+
+STEPS = 6
+TINY = 0.0002  # MiB: every layer of `Net` has a bucket of its own, or shares it with one neighbour
+Use = Callable[["Net", Tensor, int, int], Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self, use: Use) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+        self.use = use
+
+    def forward(self, x: Tensor, step: int, rank: int) -> Tensor:
+        return self.use(self, x, step, rank)
+
+
+def in_order(net: Net, x: Tensor, _step: int, _rank: int) -> Tensor:
+    for layer in net.layers:
+        x = torch.tanh(layer(x))
+    return x
+
+
+def shuffled(net: Net, x: Tensor, step: int, rank: int) -> Tensor:
+    for place in torch.randperm(5, generator=torch.Generator().manual_seed(10 * step + rank)).tolist():
+        x = torch.tanh(net.layers[place](x))
+    return x
+
+
+def some(net: Net, x: Tensor, step: int, rank: int) -> Tensor:
+    """In every other step layers 1 and 2 on one rank only, layer 3 on none."""
+    for place, layer in enumerate(net.layers):
+        left_out = place == 3 or (place in (1, 2) and rank != 0)
+        x = x if left_out and step % 2 else torch.tanh(layer(x))
+    return x
+
+
+def again(net: Net, x: Tensor, step: int, rank: int) -> Tensor:
+    """The last layer gets gradients once or twice in a backward; the second time when its bucket may be under way."""
+    last = net.layers[4]
+    if (step + rank) % 3 == 0:
+        x = checkpoint(last, x, use_reentrant=True)
+    x = in_order(net, x, step, rank)
+    return checkpoint(last, x, use_reentrant=True)
+
+
+def in_a_word(net: Net, x: Tensor, step: int, rank: int) -> Tensor:
+    """Gradients of the step before stay: nobody zeroes those of layer 2."""
+    return in_order(net, x, step, rank) if step % 2 else some(net, x, 1, 1)
+
+
+USES: dict[str, Use] = {
+    "in order": in_order, "shuffled": shuffled, "some": some, "again": again, "stale": in_a_word,
+}  # fmt: skip
+
+
+def trained(use: Use, rank: int, world: int) -> list[Tensor | None]:
+    torch.manual_seed(0)
+    model = shoal.DistributedDataParallel(Net(use), bucket_cap_mb=TINY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    seen: list[Tensor | None] = []
+    for step in range(STEPS):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step * world + rank)).requires_grad_()
+        model(x, step, rank).square().sum().backward()
+        seen += [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        if use is not in_a_word:
+            optimizer.zero_grad()
+    return [*seen, *(p.detach().clone() for p in model.parameters())]
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Buckets that were under way when a backward ended."""
+    counts: list[int] = []
+    start_all = Overlap.start_all
+
+    def count(self: Overlap) -> None:
+        counts.append(self.begun)
+        start_all(self)
+
+    monkeypatch.setattr(Overlap, "start_all", count)
+    return counts
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", USES)
+def test_the_same_bits_as_after_backward(
+    name: str, world: int, monkeypatch: pytest.MonkeyPatch, begun: list[int]
+) -> None:
+    got = run(world, lambda rank: trained(USES[name], rank, world), seed=world)
+    assert max(begun) > 1
+    monkeypatch.setattr(DistributedDataParallel, "_overlaps", property(lambda _self: False))
+    want = run(world, lambda rank: trained(USES[name], rank, world))
+    for mine, theirs in zip(got, want, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or b is None or torch.equal(a, b)
+
+
+def test_from_the_second_backward_on_all_buckets_travel_meanwhile(begun: list[int]) -> None:
+    run(2, lambda rank: trained(in_order, rank, 2))
+    assert begun[:2] == [0, 0]
+    assert set(begun[2:]) == {5}
+
+
+def test_what_comes_late_is_exchanged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[int] = []
+    finish = Overlap.finish
+
+    def watched(self: Overlap, touched: int, bits: int) -> int:
+        late.append(bits)
+        return finish(self, touched, bits)
+
+    monkeypatch.setattr(Overlap, "finish", watched)
+    run(2, lambda rank: trained(again, rank, 2))
+    assert any(late)
+    assert not all(late)
+
+
+def half_in_join(rank: int) -> None:
+    model = shoal.DistributedDataParallel(nn.Linear(6, 2))
+    for step in range(3):
+        with model.join(enable=rank == 0 and step == 2):
+            model(torch.randn(4, 6)).sum().backward()
+
+
+def test_join_on_some_ranks_only() -> None:
+    with pytest.raises(DivergedError, match=r"rank 0 is inside `with model.join\(\):`, and others are not"):
+        run(2, half_in_join)
+
+
+def there_and_back(rank: int) -> list[Tensor]:
+    """With and without join in turns: ranks with unequal data, then equal again."""
+    torch.manual_seed(0)
+    model = shoal.DistributedDataParallel(Net(in_order), bucket_cap_mb=TINY)
+    for epoch in range(4):
+        with model.join(enable=epoch % 2 == 1):
+            for step in range(2 + rank * (epoch % 2)):
+                model(torch.randn(4, 6), step, rank).sum().backward()
+                torch.optim.SGD(model.parameters(), lr=0.1).step()
+                model.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_in_and_out_of_join() -> None:
+    one, other = run(2, there_and_back)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
