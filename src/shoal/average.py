@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal.comm.meet import Want
 from shoal.engine.binding import Binding
@@ -40,10 +40,29 @@ class Average:
 
     def restart(self) -> None:
         """Begin with the weights as they are now."""
+        self.pieces.clear()
         for unit in self.binding.engine.units:
             for name, piece in unit.pieces.items():
                 narrow = piece.dtype in (torch.float16, torch.bfloat16)
                 self.pieces[name] = piece.detach().to(torch.float32 if narrow else piece.dtype, copy=True)
+
+    @torch.no_grad()
+    def follow(self, binding: Binding, wholes: Mapping[nn.Parameter, Tensor]) -> None:
+        """Go on with a model that has been prepared anew. What is new in it, or of another shape, begins as it is.
+
+        Args:
+            wholes: the average so far, as `export.whole_pieces` gives it.
+        """
+        self.binding = binding
+        self.restart()
+        for unit in binding.engine.units:
+            for place in unit.layout.pieces(unit.shard.rank):
+                whole = wholes.get(unit.params[place.name])
+                if whole is not None and whole.shape == torch.Size(place.shape):
+                    flat = unit.as_it_lies(place.name, whole).reshape(-1)
+                    piece = self.pieces[place.name]
+                    piece.copy_(flat[place.start : place.stop].view(piece.shape))
+        binding.averages.append(self)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -12,7 +12,6 @@ from shoal import export
 from shoal.base import Base
 from shoal.comm.meet import Want
 from shoal.engine.binding import Binding
-from shoal.errors import OrderError
 
 
 class Changing(Base):
@@ -25,31 +24,29 @@ class Changing(Base):
         For what cannot change in between: thaw what was frozen in `prepare`, add parameters (and a group of the
         optimizer for them), take some away, replace a block. Optimizer state stays with the parameters that stay.
         Freezing needs no `change`, nor does thawing what was trained before. Between steps. Collective: all ranks make
-        the same changes; new parameters start from rank 0's values. Memory: the whole model and its optimizer state.
+        the same changes; new parameters start from rank 0's values. Averages of `job.ema` go on, for what is new from
+        its first values. Memory: the whole model, its optimizer state and averages.
 
         Args:
             model: the prepared one; None: the only one.
 
         Raises:
-            OrderError: in the middle of a step; or an average follows the model.
+            OrderError: in the middle of a step.
             ModelError, OptimizerError, DivergedError: as in `prepare`.
         """
         binding = self._find(model)
         self._state_between_steps("job.change")
-        if binding.averages:
-            raise OrderError(
-                "job.change of a model that an average follows",
-                cause="its average has no values for what is new",
-                remedy="call job.ema after the change",
-            )
         self._meeting.meet(Want.CHANGE, 0, model=binding.engine.number)
         name = next(name for name, found in self._bindings.items() if found is binding)
         self._saved = None  # a checkpoint of this step, if there is one, has another model
         with self._together.leased("job.change"):
+            averages = [(average, export.whole_pieces(binding, average.pieces)) for average in binding.averages]
             self._let_go(binding)
             try:
                 yield
                 self._build_again(name, binding, replace(self._wanted[name], first=self._next_unit(), fill=None))
+                for average, wholes in averages:
+                    average.follow(self._bindings[name], wholes)
             except BaseException:  # the model is the user's own now, and no other one's turn waits for it
                 del self._bindings[name]
                 self._feed.unbind(binding.engine)

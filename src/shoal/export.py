@@ -35,6 +35,20 @@ def model_state(binding: Binding, pieces: Mapping[str, Tensor] | None = None) ->
     return named_like(binding.model, values)
 
 
+def whole_pieces(binding: Binding, pieces: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """What all ranks together have beside their pieces of every parameter, whole and on the CPU. Collective.
+
+    Args:
+        pieces: this rank's, by parameter and shaped like its own; half-precision ones become float32.
+    """
+    found: dict[nn.Parameter, Tensor] = {}
+    for unit in binding.engine.units:
+        narrow = unit.dtypes.master in (torch.float16, torch.bfloat16)
+        flat = _gathered(unit, {n: pieces[n] for n in unit.pieces}, torch.float32 if narrow else unit.dtypes.master)
+        found |= {unit.params[name]: view for name, view in _views(unit, flat).items()}
+    return found
+
+
 def named_like(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`values` of parameters, and the model's buffers, under all names and in the order of its state dict."""
     tied = aliases(model)

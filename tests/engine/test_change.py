@@ -300,12 +300,46 @@ def test_what_was_saved_before_a_change_is_not_taken_for_what_is_there_now(tmp_p
     run(2, rank_main)
 
 
-def test_an_average_stands_in_the_way() -> None:
-    with shoal.init("ddp", run_dir="none") as job:
-        net, _ = job.prepare(*made(frozen_head=True))
-        job.ema(net, 0.9)
-        with pytest.raises(OrderError, match="an average follows"), job.change(net):
-            pass
+def averaged(strategy: str, ranks_per_copy: int | None) -> tuple[dict[str, Tensor], int]:
+    """The head is thawed after two steps, a layer is new after four."""
+    with shoal.init(strategy, leaves=LEAVES, ranks_per_copy=ranks_per_copy, run_dir="none") as job:
+        net, optimizer = job.prepare(*made(frozen_head=True))
+        average = job.ema(net, 0.75)
+        for number in job.loader(NUMBERS, global_batch=LEAVES, shuffle=False):
+            step, leaf = divmod(int(number), LEAVES)
+            loss_of(net, step, leaf).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if job.stepped and job.step in (2, 4):
+                with job.change(net):
+                    (thaw if job.step == 2 else grow)(net, optimizer)
+        with average.whole():
+            return {n: p.detach().clone() for n, p in net.named_parameters()}, sum(
+                map(torch.numel, average.pieces.values())
+            )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "ranks_per_copy"),
+    [("ddp", 2, None), ("zero1", 3, None), ("zero3", 3, None), ("hybrid", 4, 2)],
+)
+def test_an_average_goes_on(strategy: str, world: int, ranks_per_copy: int | None) -> None:
+    net, optimizer = made(frozen_head=True)
+    want = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for step in range(6):
+        sum_of_leaves(net, optimizer, step)
+        optimizer.step()
+        for name, param in net.named_parameters():
+            want[name].lerp_(param.detach(), 0.25)
+        if step in (1, 3):
+            optimizer.zero_grad()
+            (thaw if step == 1 else grow)(net, optimizer)
+            want = {n: want.get(n, p.detach().clone()) for n, p in net.named_parameters()}
+    found = run(world, lambda _rank: averaged(strategy, ranks_per_copy))
+    for got, _ in found:
+        assert_equal(got, want)
+    if strategy == "zero3":
+        assert max(count for _, count in found) < 1.2 * sum(map(torch.numel, want.values())) / world
 
 
 def test_ranks_that_change_differently_are_named() -> None:
