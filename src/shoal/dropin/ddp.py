@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from functools import reduce
-from operator import or_
 from typing import cast
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from shoal.comm.meet import Meeting
 from shoal.dropin.events import Event, Events, Told
-from shoal.dropin.mean import CAP, Averager, Hook, spread_all
+from shoal.dropin.mean import CAP, Averager, Hook, spread_all, together
 from shoal.dropin.overlap import Overlap
 from shoal.dropin.strays import digest, power_of_eight
 from shoal.dropin.world import world
@@ -182,9 +180,9 @@ class DistributedDataParallel(nn.Module):
     def _exchange(self, told: Sequence[Told]) -> None:
         whole = self._join is None or self._join.initial
         divisor = self._group.size if whole else sum(self._active)
-        touched = reduce(or_, (each.touched for each in told))
+        touched = together(each.touched for each in told)
         if self._overlaps:
-            touched = self._overlap.finish(touched, reduce(or_, (each.late for each in told)))
+            touched = self._overlap.finish(touched, together(each.late for each in told))
         self._averager.average([touched], self._active, divisor, self._hook)
 
     def _tell(

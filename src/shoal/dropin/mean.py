@@ -110,9 +110,7 @@ class Averager:
             divisor: of the sum.
             hook: takes a bucket's place in the exchange, with its state.
         """
-        bits = 0
-        for each in touched:
-            bits |= each
+        bits = together(touched)
         wanted = [[i for i in bucket if bits >> i & 1] for bucket in self.buckets]
         wanted = [places for places in wanted if places]
         present = active[self.group.rank]
@@ -157,6 +155,14 @@ class Averager:
                 p.grad = view.view(p.shape).to(p.dtype, copy=True)
             else:
                 p.grad.detach().copy_(view.view(p.shape))
+
+
+def together(each: Iterable[int]) -> int:
+    """The bits that any of these has."""
+    bits = 0
+    for one in each:
+        bits |= one
+    return bits
 
 
 class Flow:
