@@ -133,6 +133,25 @@ def test_what_comes_late_is_exchanged_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert not all(late)
 
 
+def always_twice(net: Net, x: Tensor, step: int, rank: int) -> Tensor:
+    """As the backward before has shown: the bucket of the last layer starts when both have come."""
+    return again(net, x, 0, 0)
+
+
+def test_what_comes_as_often_as_before_is_not_late(monkeypatch: pytest.MonkeyPatch, begun: list[int]) -> None:
+    late: list[int] = []
+    finish = Overlap.finish
+
+    def watched(self: Overlap, touched: int, bits: int) -> int:
+        late.append(bits)
+        return finish(self, touched, bits)
+
+    monkeypatch.setattr(Overlap, "finish", watched)
+    run(2, lambda rank: trained(always_twice, rank, 2))
+    assert set(late) == {0}
+    assert max(begun) == 5
+
+
 def half_in_join(rank: int) -> None:
     model = shoal.DistributedDataParallel(nn.Linear(6, 2))
     for step in range(3):

@@ -275,12 +275,37 @@ def test_a_change_that_fails_leaves_the_model_to_the_user_and_the_job_to_the_oth
             third, third_optimizer = job.prepare(*made(frozen_head=False), name="third")
             loss_of(first, 0, 0).backward()  # plain PyTorch
             first_optimizer.step()
-            (loss_of(second, 0, job.rank) + loss_of(third, 0, job.rank)).backward()
-            second_optimizer.step()
-            third_optimizer.step()
-            assert job.step == 1
+            with pytest.raises(OrderError, match="was not prepared by this job"):
+                job.state_dict(first)
+            for _ in job.loader(range(4), global_batch=2):  # type: ignore[arg-type]
+                (loss_of(second, job.step, job.rank) + loss_of(third, job.step, job.rank)).backward()
+                for optimizer in (second_optimizer, third_optimizer):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            assert job.step == 2
+            assert all(engine.steps == 2 for engine in job._feed.engines)  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateUsage]
 
     run(2, rank_main)
+
+
+def test_no_two_units_have_one_number_though_one_model_grows() -> None:
+    """Ranks ask each other for units by their numbers."""
+
+    def rank_main(_rank: int) -> tuple[int, int]:
+        with shoal.init("zero3", leaves=2, run_dir="none") as job:
+            first, optimizer = job.prepare(*made(frozen_head=False), name="first")
+            second, second_optimizer = job.prepare(*made(frozen_head=True), name="second")
+            with job.change(first):
+                first.head.requires_grad_(False)  # what is frozen is a unit of its own
+            bindings = job._all_bound()  # pyright: ignore[reportPrivateUsage]
+            numbers = [unit.index for binding in bindings for unit in binding.engine.units]
+            (loss_of(first, 0, job.rank) + loss_of(second, 0, job.rank)).backward()
+            optimizer.step()
+            second_optimizer.step()
+            return len(numbers), len(set(numbers))
+
+    for units, numbers in run(2, rank_main):
+        assert units == numbers
 
 
 def test_what_was_saved_before_a_change_is_not_taken_for_what_is_there_now(tmp_path: Path) -> None:
