@@ -13,7 +13,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor, nn
 
-from shoal.comm.group import FAR, Pending
+from shoal.comm.group import Pending
 from shoal.dropin.mean import Averager, mean_steps
 from shoal.engine.journeys import Journeys
 
@@ -28,7 +28,7 @@ class Overlap:
     def __init__(self, averager: Averager) -> None:
         self.averager, self.group = averager, averager.group
         carrier = self.group.carrier
-        self.journeys = Journeys(carrier.levels, ordered=carrier.ordered, limit=FAR)
+        self.journeys = Journeys(carrier.levels, ordered=carrier.ordered, limit=carrier.plenty)
         self.places = {p: place for place, p in enumerate(averager.params)}
         self.bucket_of = {place: number for number, bucket in enumerate(averager.buckets) for place in bucket}
         self.travels = 0  # the parameters that do, a bit for each; nothing is known before the first backward
