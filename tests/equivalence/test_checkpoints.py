@@ -61,7 +61,7 @@ def uninterrupted(precision: str) -> Outcome:
     return go("one", epochs=2, leaves=4, precision=precision)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("saved_at", PLACES)
 def test_goes_on_everywhere(saved_at: str, precision: str, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_what_crosses_to_another_host_crosses_once(name: str) -> None:
     assert between((2, 2)) == between((1, 1))
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("leaves", [3, 4])

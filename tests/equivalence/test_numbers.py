@@ -31,7 +31,7 @@ def alone(kind: str, leaves: int) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, **KINDS[kind])
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("leaves", [4, 12])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "world", "ranks_per_copy"), PLACES)
