@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+from zlib import crc32
 
 import pytest
 
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         if item.path.relative_to(HERE).parts[0] in PROCESSES:
             item.add_marker(pytest.mark.xdist_group("processes"))
         every = item.get_closest_marker("every")
-        if every is not None and sum(item.callspec.indices.values()) % every.args[0]:
+        if every is not None and crc32(item.name.encode()) % every.args[0]:  # a stride would skip whole columns
             item.add_marker(pytest.mark.slow)
 
 
