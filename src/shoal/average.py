@@ -51,7 +51,7 @@ class Average:
         """Go on with a model that has been prepared anew. What is new in it, or of another shape, begins as it is.
 
         Args:
-            wholes: the average so far, as `export.whole_pieces` gives it.
+            wholes: the average so far, by the parameters that it had.
         """
         self.binding = binding
         self.restart()
@@ -59,9 +59,7 @@ class Average:
             for place in unit.layout.pieces(unit.shard.rank):
                 whole = wholes.get(unit.params[place.name])
                 if whole is not None and whole.shape == torch.Size(place.shape):
-                    flat = unit.as_it_lies(place.name, whole).reshape(-1)
-                    piece = self.pieces[place.name]
-                    piece.copy_(flat[place.start : place.stop].view(piece.shape))
+                    self.pieces[place.name].copy_(unit.cut(place, whole))
         binding.averages.append(self)
 
     @torch.no_grad()

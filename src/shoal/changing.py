@@ -40,7 +40,11 @@ class Changing(Base):
         name = next(name for name, found in self._bindings.items() if found is binding)
         self._saved = None  # a checkpoint of this step, if there is one, has another model
         with self._together.leased("job.change"):
-            averages = [(average, export.whole_pieces(binding, average.pieces)) for average in binding.averages]
+            named = {name: param for unit in binding.engine.units for name, param in unit.params.items()}
+            averages = [
+                (average, {named[n]: value for n, value in export.whole_values(binding, average.pieces).items()})
+                for average in binding.averages
+            ]
             self._let_go(binding)
             try:
                 yield

@@ -20,7 +20,17 @@ def model_state(binding: Binding, pieces: Mapping[str, Tensor] | None = None) ->
     """The model's state dict with master values on the CPU of rank 0; empty elsewhere. Collective.
 
     Args:
-        pieces: by parameter, what to take instead of this rank's pieces.
+        pieces: see `whole_values`.
+    """
+    values = whole_values(binding, pieces)
+    return {} if binding.engine.rank else named_like(binding.model, values)
+
+
+def whole_values(binding: Binding, pieces: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """All parameters by name, whole and on the CPU of all ranks. Collective.
+
+    Args:
+        pieces: by parameter, what to take instead of this rank's pieces; half-precision ones as float32.
     """
     values: dict[str, Tensor] = {}
     for unit in binding.engine.units:
@@ -28,25 +38,8 @@ def model_state(binding: Binding, pieces: Mapping[str, Tensor] | None = None) ->
         dtype = unit.dtypes.master
         if pieces is not None and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
-        flat = _gathered(unit, parts, dtype)
-        values |= _views(unit, flat)
-    if binding.engine.rank:
-        return {}
-    return named_like(binding.model, values)
-
-
-def whole_pieces(binding: Binding, pieces: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
-    """What all ranks together have beside their pieces of every parameter, whole and on the CPU. Collective.
-
-    Args:
-        pieces: this rank's, by parameter and shaped like its own; half-precision ones become float32.
-    """
-    found: dict[nn.Parameter, Tensor] = {}
-    for unit in binding.engine.units:
-        narrow = unit.dtypes.master in (torch.float16, torch.bfloat16)
-        flat = _gathered(unit, {n: pieces[n] for n in unit.pieces}, torch.float32 if narrow else unit.dtypes.master)
-        found |= {unit.params[name]: view for name, view in _views(unit, flat).items()}
-    return found
+        values |= _views(unit, _gathered(unit, parts, dtype))
+    return values
 
 
 def named_like(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

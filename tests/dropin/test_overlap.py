@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import shoal
+from shoal.comm.group import Group
+from shoal.comm.meter import Meter
 from shoal.comm.threads import run
 from shoal.dropin.ddp import DistributedDataParallel
+from shoal.dropin.mean import Averager
 from shoal.dropin.overlap import Overlap
 from shoal.errors import DivergedError
 
@@ -119,37 +122,86 @@ def test_from_the_second_backward_on_all_buckets_travel_meanwhile(begun: list[in
     assert set(begun[2:]) == {5}
 
 
-def test_what_comes_late_is_exchanged_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    late: list[int] = []
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Per backward, the buckets that got gradients when they were under way, a bit for each."""
+    seen: list[int] = []
     finish = Overlap.finish
 
     def watched(self: Overlap, touched: int, bits: int) -> int:
-        late.append(bits)
+        seen.append(bits)
         return finish(self, touched, bits)
 
     monkeypatch.setattr(Overlap, "finish", watched)
+    return seen
+
+
+def test_what_comes_late_is_exchanged_again(late: list[int]) -> None:
     run(2, lambda rank: trained(again, rank, 2))
     assert any(late)
     assert not all(late)
 
 
-def always_twice(net: Net, x: Tensor, step: int, rank: int) -> Tensor:
+def always_twice(net: Net, x: Tensor, _step: int, _rank: int) -> Tensor:
     """As the backward before has shown: the bucket of the last layer starts when both have come."""
     return again(net, x, 0, 0)
 
 
-def test_what_comes_as_often_as_before_is_not_late(monkeypatch: pytest.MonkeyPatch, begun: list[int]) -> None:
-    late: list[int] = []
-    finish = Overlap.finish
-
-    def watched(self: Overlap, touched: int, bits: int) -> int:
-        late.append(bits)
-        return finish(self, touched, bits)
-
-    monkeypatch.setattr(Overlap, "finish", watched)
+def test_what_comes_as_often_as_before_is_not_late(late: list[int], begun: list[int]) -> None:
     run(2, lambda rank: trained(always_twice, rank, 2))
     assert set(late) == {0}
     assert max(begun) == 5
+
+
+def test_what_has_come_goes_on_while_backward_runs() -> None:
+    """A bucket's second transfer begins when its first is over, not at the end."""
+    params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones(4)
+    overlap = Overlap(Averager(Group("some", range(2), Meter(0, 2)), params, cap=0.0))
+    for param in params:
+        overlap.accumulated(param)
+    assert overlap.finish(0b111, 0) == 0b111
+    for param in reversed(params):
+        overlap.accumulated(param)
+        assert not overlap.journeys.under_way
+    assert overlap.begun == 3
+
+
+def fail(_grad: Tensor) -> Tensor:
+    raise ValueError("as an assertion of the user's would")
+
+
+def failing(net: Net, x: Tensor, step: int, _rank: int) -> Tensor:
+    """Layers 2 to 4, whose gradients travelled in the backward that fails, have none in the next."""
+    for number, layer in enumerate(list(net.layers)[: 2 if step == 3 else 5]):
+        x = torch.tanh(layer(x))
+        if number == 1 and step == 2:
+            x.register_hook(fail)
+    return x
+
+
+def skipping(rank: int) -> list[Tensor]:
+    """All ranks leave out a step whose backward fails half way."""
+    torch.manual_seed(0)
+    model = shoal.DistributedDataParallel(Net(failing), bucket_cap_mb=TINY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(STEPS):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step * 2 + rank))
+        try:
+            model(x, step, rank).square().sum().backward()
+            optimizer.step()
+        except ValueError:
+            assert step == 2
+        optimizer.zero_grad(set_to_none=False)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_backward_that_fails_on_all_ranks_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    got = run(2, skipping)
+    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    monkeypatch.setattr(DistributedDataParallel, "_overlaps", property(lambda _self: False))
+    assert all(torch.equal(a, b) for a, b in zip(got[0], run(2, skipping)[0], strict=True))
 
 
 def half_in_join(rank: int) -> None:

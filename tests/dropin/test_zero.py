@@ -163,6 +163,37 @@ def test_gradients_that_nobody_averages_are_said() -> None:
     assert "differ" not in said
 
 
+class Forks(nn.Module):
+    """Rank 0 leaves a layer out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.sometimes = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, rank: int) -> Tensor:
+        return self.always(self.sometimes(x) if rank else x)
+
+
+def test_stage_2_averages_what_only_some_ranks_use() -> None:
+    """As stage 1 does under DistributedDataParallel."""
+
+    def main(stage: int, rank: int) -> list[Tensor]:
+        model = Forks()
+        run_ = shoal.DistributedDataParallel(model) if stage == 1 else model
+        optimizer = shoal.ZeRO(model.parameters(), optimizer=torch.optim.Adam, lr=0.05, stage=stage)
+        for step in range(3):
+            run_(batch(step, rank), rank).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    want, got = (on_threads(2, partial(main, stage))[0] for stage in (1, 2))
+    for each in got:
+        assert all(torch.equal(a, b) for a, b in zip(each, want[0], strict=True))
+    assert not torch.equal(want[0][2], Forks().sometimes.weight)
+
+
 def test_one_more_group_on_the_way() -> None:
     """The same bits as the optimizer without ranks, state of earlier groups included."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import pytest
 import torch
@@ -352,6 +353,39 @@ def test_zero_grad_in_mid_leaf_discards(place: str, zero_grad: str) -> None:
         optimizer.step()
 
     assert torch.equal(by_hand(place, discards, overlap=False, leaves=8), by_hand(place, after_step, leaves=8))
+
+
+def left_out(job: shoal.Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A backward that fails half way comes before that of the step."""
+
+    def fail(_grad: Tensor) -> Tensor:
+        raise ValueError("as an assertion of the user's would")
+
+    def fails(_block: nn.Module, _args: object, output: Tensor) -> None:
+        output.register_hook(fail)
+
+    hook = cast(Stack, model).blocks[0].register_forward_hook(fails)
+    loss = loss_of(job, model, 100)
+    hook.remove()
+    with pytest.raises(ValueError, match="as an assertion"):
+        loss.backward()
+    optimizer.zero_grad()
+    after_step(job, model, optimizer)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_backward_that_fails_may_be_left_out_without_overlap(place: str) -> None:
+    assert torch.equal(by_hand(place, left_out, overlap=False), by_hand(place, after_step))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_with_overlap_a_backward_that_fails_cannot_be_left_out(place: str) -> None:
+    def later(job: shoal.Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        (left_out if job.step else after_step)(job, model, optimizer)
+
+    with pytest.raises((OrderError, PlanError)) as e:
+        by_hand(place, later)
+    assert "shoal.init(..., overlap=False)" in str(e.value)
 
 
 @pytest.mark.parametrize("zero_grad", ["optimizer", "model"])

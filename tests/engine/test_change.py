@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -270,8 +272,11 @@ def test_a_change_that_fails_leaves_the_model_to_the_user_and_the_job_to_the_oth
         with shoal.init("zero3", leaves=2, run_dir="none") as job:
             first, first_optimizer = job.prepare(*made(frozen_head=False), name="first")
             second, second_optimizer = job.prepare(*made(frozen_head=False), name="second")
+            gone = weakref.ref(job._all_bound()[0].engine)  # pyright: ignore[reportPrivateUsage]
             with pytest.raises(RuntimeError, match="no"), job.change(first):
                 raise RuntimeError("no")
+            gc.collect()
+            assert gone() is None
             third, third_optimizer = job.prepare(*made(frozen_head=False), name="third")
             loss_of(first, 0, 0).backward()  # plain PyTorch
             first_optimizer.step()
@@ -283,7 +288,6 @@ def test_a_change_that_fails_leaves_the_model_to_the_user_and_the_job_to_the_oth
                     optimizer.step()
                     optimizer.zero_grad()
             assert job.step == 2
-            assert all(engine.steps == 2 for engine in job._feed.engines)  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateUsage]
 
     run(2, rank_main)
 
@@ -365,6 +369,46 @@ def test_an_average_goes_on(strategy: str, world: int, ranks_per_copy: int | Non
         assert_equal(got, want)
     if strategy == "zero3":
         assert sum(count for _, count in found) == sum(map(torch.numel, want.values()))
+
+
+class Image(nn.Module):
+    """A weight whose dimensions lie in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.filter = nn.Conv2d(3, 8, 3)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.filter(x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16", "masters": False}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
+def test_what_a_change_leaves_alone_is_as_it_was(strategy: str, settings: dict[str, object]) -> None:
+    def rank_main(rank: int) -> None:
+        with shoal.init(strategy, leaves=2, run_dir="none", **settings) as job:
+            net = Image()
+            net, optimizer = job.prepare(net, AdamW(net.parameters(), lr=0.01))
+            average = job.ema(net, 0.75)
+            for step in range(2):
+                inputs = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(2 * step + rank))
+                net(inputs).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            def now() -> dict[str, Tensor]:
+                states = {**job.state_dict(net), **_flat(job.state_dict(optimizer))}
+                averages = {f"average of {name}": piece.clone() for name, piece in average.pieces.items()}
+                return {**states, **averages}  # type: ignore[dict-item]
+
+            before = now()
+            with job.change(net):
+                pass
+            assert_equal(now(), before)
+
+    run(2, rank_main)
 
 
 def test_ranks_that_change_differently_are_named() -> None:

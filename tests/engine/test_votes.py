@@ -9,7 +9,7 @@ NAMES = [f"p{i}" for i in range(17)]
 
 
 def test_what_any_rank_has_touched_is_touched() -> None:
-    votes = [Vote({"p0", "p16"}, False, None), Vote({"p8"}, False, None), Vote((), False, None)]
+    votes = [Vote({"p0", "p16"}, False, None), Vote({"p0", "p8"}, False, None), Vote((), False, None)]
     result = counted([vote.packed(NAMES) for vote in votes], NAMES)
     assert result == ({"p0", "p8", "p16"}, False, None)
 

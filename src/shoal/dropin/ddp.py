@@ -19,7 +19,7 @@ from shoal.dropin.mean import CAP, Averager, Hook, spread_all, together
 from shoal.dropin.overlap import Overlap
 from shoal.dropin.strays import digest, power_of_eight
 from shoal.dropin.world import world
-from shoal.engine.autograd import at_end_of_backward, graph_task
+from shoal.engine.autograd import at_end_of_backward, graph_task, in_backward
 from shoal.engine.precision import each_tensor, tensors
 from shoal.engine.setup import compare
 from shoal.errors import ModelError, OrderError, SettingError
@@ -119,6 +119,9 @@ class DistributedDataParallel(nn.Module):
             self._send_buffers()
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
+        if self._calls and not in_backward():
+            self._calls.clear()  # a backward that raised has no end
+            self._overlap.give_up()
         self._sync = self.require_backward_grad_sync
         if self._sync and self._alike < LOOKS and self._group.size > 1 and not self._batch:
             self._batch = digest(tensors((args, kwargs)))
@@ -183,7 +186,7 @@ class DistributedDataParallel(nn.Module):
         touched = together(each.touched for each in told)
         if self._overlaps:
             touched = self._overlap.finish(touched, together(each.late for each in told))
-        self._averager.average([touched], self._active, divisor, self._hook)
+        self._averager.average(touched, self._active, divisor, self._hook)
 
     def _tell(
         self, event: Event, touched: int = 0, late: int = 0, batch: bytes = b"", state: bytes = b""

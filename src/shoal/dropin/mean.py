@@ -100,18 +100,17 @@ class Averager:
         return sum(1 << i for i, p in enumerate(self.params) if p.grad is not None)
 
     def average(
-        self, touched: Iterable[int], active: Sequence[bool], divisor: float, hook: tuple[Hook, object] | None = None
+        self, touched: int, active: Sequence[bool], divisor: float, hook: tuple[Hook, object] | None = None
     ) -> None:  # fmt: skip
         """Replace every `p.grad` by the mean over ranks. Collective.
 
         Args:
-            touched: of every rank. What no rank has touched stays as it is.
+            touched: parameters that have a gradient on any rank, a bit for each. Others stay as they are.
             active: per rank, does it bring gradients? Others take part with nothing, and keep theirs.
             divisor: of the sum.
             hook: takes a bucket's place in the exchange, with its state.
         """
-        bits = together(touched)
-        wanted = [[i for i in bucket if bits >> i & 1] for bucket in self.buckets]
+        wanted = [[i for i in bucket if touched >> i & 1] for bucket in self.buckets]
         wanted = [places for places in wanted if places]
         present = active[self.group.rank]
         flats = [self.flatten(places, present=present) for places in wanted]
@@ -124,13 +123,13 @@ class Averager:
                 future.wait()
                 value = future.value()
                 if present:
-                    self.hand_out(places, value[0] if isinstance(value, (list, tuple)) else value, bits)
+                    self.hand_out(places, value[0] if isinstance(value, (list, tuple)) else value, touched)
             return
         flows = [mean_of(self.group, flat, active, divisor, self.pool) for flat in flats]  # all begin
         for places, flow in zip(wanted, flows, strict=True):
             result = flow.wait()
             if present:
-                self.hand_out(places, result, bits)
+                self.hand_out(places, result, touched)
             self.pool.give(result)
 
     def flatten(self, places: Sequence[int], *, present: bool) -> Tensor:

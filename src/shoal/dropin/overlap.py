@@ -58,6 +58,10 @@ class Overlap:
                 self._start()
         self.journeys.progress()
 
+    def give_up(self) -> None:
+        """The backward has raised: what has begun ends with the next one, and is exchanged again."""
+        self.late |= (1 << self.begun) - 1
+
     def start_all(self) -> None:
         """The backward is over."""
         while self.travels and self.begun < len(self.averager.buckets):

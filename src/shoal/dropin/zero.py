@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shoal.dropin.mean import CAP, Averager, alike, spread_all
+from shoal.dropin.mean import CAP, Averager, alike, spread_all, together
 from shoal.dropin.states import collect
 from shoal.dropin.strays import digest, ours
 from shoal.dropin.world import world
@@ -275,7 +275,7 @@ class ZeRO(ZeroRedundancyOptimizer):
         self._calls.discard(call)
         params = self._averager.params
         bits = self._averager.touched().to_bytes(len(params) // 8 + 1, "little")
-        touched = [int.from_bytes(told, "little") for told in self._group.share("touched", bits)]
+        touched = together(int.from_bytes(told, "little") for told in self._group.share("touched", bits))
         self._averager.average(touched, [True] * self._group.size, self._group.size)
         for p in params:
             if self._owner[p] != self._group.rank:

@@ -323,7 +323,7 @@ class Engine:
         votes = self._meet(Want.STEP, self.steps, vote.packed(self.gradients.names))
         result = counted(votes, self.gradients.names)
         self.overflow = result.overflow
-        touched = frozenset(result.touched if self.overflow is None else ())
+        touched = result.touched if self.overflow is None else frozenset[str]()
         self.decided = Decided(step=self.steps, touched=touched, apart=self.grads_written())
         if result.changed:
             self.buffers.settle(self.turns)

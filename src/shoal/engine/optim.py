@@ -219,8 +219,7 @@ def _cut(
     if not isinstance(value, Tensor) or (value.dim() == 0 and value.shape != param.shape):
         return value
     if value.shape == param.shape:
-        flat = unit.as_it_lies(place.name, value.detach()).reshape(-1)
-        return flat[place.start : place.stop].clone().view(unit.pieces[place.name].shape)
+        return unit.cut(place, value.detach()).clone()
     if granule := in_blocks(value, param, optimizer):
         return value[place.start // granule : -(-place.stop // granule)].clone()
     if place.complete:

@@ -145,6 +145,11 @@ class Unit:
         """A tensor of a parameter's shape, with its dimensions in the order in which the parameter lies in memory."""
         return tensor.permute(self.orders[name]) if name in self.orders else tensor
 
+    def cut(self, place: Interval, whole: Tensor) -> Tensor:
+        """Of a tensor of a parameter's shape, the part that belongs to the piece at `place`, shaped like it."""
+        flat = self.as_it_lies(place.name, whole).reshape(-1)
+        return flat[place.start : place.stop].view(self.pieces[place.name].shape)
+
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """The parameters in a flat buffer, in their own shapes."""
         return {s.name: view_of(flat[s.start : s.stop], s.shape, self.orders.get(s.name)) for s in self.layout.spans}

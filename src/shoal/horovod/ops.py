@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoal.comm.group import Pending
-from shoal.dropin.mean import Flow, mean_of
+from shoal.dropin.mean import Flow, mean_of, together
 from shoal.errors import DivergedError, SettingError
 from shoal.horovod.compression import Compression, Compressor
 from shoal.horovod.handles import Handle, into, synchronize
@@ -171,6 +171,6 @@ def _take_part(here: Session, words: Words, told: Sequence[Words]) -> None:
 
 def average(here: Session, number: int, told: Sequence[Words], op: str) -> None:
     """The step of an optimizer that all ranks know by this number: replace gradients by their mean. Collective."""
-    touched = (int(cast(str, words.get("touched", "0")), 16) for words in told)
+    touched = together(int(cast(str, words.get("touched", "0")), 16) for words in told)
     active = [w["op"] != JOIN for w in told]
     here.optimizers[number].average(touched, active, here.group.size if op == Average else 1)
