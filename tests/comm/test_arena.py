@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoal.comm import arena as arenas
-from shoal.comm.arena import Arena, Fence, View
+from shoal.comm.arena import WARM, Arena, Fence, View
 from shoal.errors import EnvironmentFault
 
 MIB = 2**20
@@ -130,10 +130,6 @@ def test_a_fence_is_a_lock_where_stores_are_reordered(
 # ---------------------------------------------------------------- between steps
 
 
-def written(arena: Arena, offset: int) -> None:
-    arena.tensor(offset, MIB // 4, torch.float32).fill_(1.0)
-
-
 def test_units_of_all_sizes_share() -> None:
     """What came back serves whoever needs half of it or more; others get new memory."""
     arena = Arena(4096)
@@ -145,23 +141,21 @@ def test_units_of_all_sizes_share() -> None:
     arena.close()
 
 
-def test_what_steps_do_not_use_loses_its_pages() -> None:
+def test_between_steps_only_the_smallest_parts_keep_their_pages() -> None:
     arena = Arena(4096)
-    cold, warm, lent = (arena.take(MIB) for _ in range(3))
-    for offset in (cold, warm, lent):
-        written(arena, offset)
+    sizes = [3 * MIB, MIB, MIB, MIB, MIB]
+    offsets = [arena.take(size) for size in sizes]
+    for offset, size in zip(offsets, sizes, strict=True):
+        arena.tensor(offset, size // 4, torch.float32).fill_(1.0)
     busy = True
-    arena.give(lent, lambda: not busy)
-    arena.give(cold, lambda: True)
-    arena.give(warm, lambda: True)
-    seen: list[tuple[int, int, int]] = []
-    for _ in range(4):
-        arena.give(arena.take(MIB), lambda: True)  # each step uses one of the two
-        arena.rest()
-        seen.append((arena.waiting // MIB, arena.under_way // MIB, pages(arena) // MIB))
-    assert seen == [(2, 1, 3), (2, 1, 3), (1, 1, 2), (1, 1, 2)]
+    arena.give(offsets[-1], lambda: not busy)  # others read it
+    for offset in offsets[:-1]:
+        arena.give(offset, lambda: True)
+    assert (arena.under_way, arena.waiting, pages(arena) // MIB) == (MIB, 6 * MIB, 7)
+    arena.rest()
+    assert (arena.under_way, arena.waiting, pages(arena) // MIB) == (MIB, 2 * MIB, 3)
     busy = False
-    assert (arena.under_way, arena.waiting) == (0, 2 * MIB)
-    taken = {arena.take(MIB) for _ in range(3)}
-    assert taken == {cold, warm, lent}  # addresses without pages are used again, too
+    arena.rest()
+    assert (arena.under_way, arena.waiting, pages(arena) // MIB) == (0, WARM, 2)
+    assert {arena.take(size) for size in sizes} == set(offsets)  # addresses without pages are used again, too
     arena.close()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 import shoal
+from shoal.comm.threads import Threads
 from shoal.dropin.states import packed, unpacked
 from shoal.dropin.world import world
 from shoal.errors import OptimizerError, OrderError, StrategyError
@@ -161,6 +162,48 @@ def test_gradients_that_nobody_averages_are_said() -> None:
     assert "shoal.DistributedDataParallel(model) averages them, or shoal.ZeRO(..., stage=2)" in said
     _, said = on_threads(2, partial(main, 2))
     assert "differ" not in said
+
+
+def test_parameters_come_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which some ranks have more than others."""
+    rounds: list[int] = []
+    exchange = shoal.ZeroRedundancyOptimizer._exchange
+
+    def counted(self: shoal.ZeroRedundancyOptimizer, parts: Any) -> Any:
+        rounds.append(len(parts))
+        return exchange(self, parts)
+
+    def main(rank: int) -> list[Tensor]:
+        model = net()
+        optimizer = shoal.ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.05)
+        steps(shoal.DistributedDataParallel(model), optimizer, rank, 0, 3)
+        return [p.detach() for p in model.parameters()]
+
+    want, _ = on_threads(3, ddp)
+    monkeypatch.setattr("shoal.dropin.zero.CAP", 1e-5)
+    monkeypatch.setattr(shoal.ZeroRedundancyOptimizer, "_exchange", counted)
+    for got in on_threads(3, main)[0]:
+        assert all(torch.equal(a, b) for a, b in zip(got, want[0], strict=True))
+    assert len(rounds) > 3 * 3
+
+
+@pytest.mark.parametrize("exchanges", [1, 2, 3])
+def test_after_every_exchange_carriers_let_go_of_memory(exchanges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rank 0's values, of gradients, of updated parameters."""
+    rests: list[int] = []
+
+    def main(rank: int) -> None:
+        model = net()
+        wrapped = shoal.DistributedDataParallel(model)
+        optimizer = shoal.ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.05)
+        if exchanges > 1:
+            wrapped(batch(0, rank)).square().mean().backward()
+        if exchanges > 2:
+            optimizer.step()
+
+    monkeypatch.setattr(Threads, "rest", lambda self: rests.append(self.rank))
+    on_threads(2, main)
+    assert sorted(rests) == [0] * exchanges + [1] * exchanges
 
 
 class Forks(nn.Module):

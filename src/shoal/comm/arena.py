@@ -8,6 +8,7 @@ import platform
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from shoal.errors import EnvironmentFault
 
 _PAGE = mmap.PAGESIZE
-_WARM = 2
-"""Steps after which free memory that nobody has used loses its pages."""
+WARM = 2**21
+"""Bytes of free memory that keeps its pages between steps."""
 _MOST = 2**42  # bytes of address space: a process maps the arenas of all ranks of its host
 _ORDERED = platform.machine() in ("x86_64", "AMD64")  # stores are seen in their order, without more ado
 
@@ -64,8 +65,8 @@ class Arena(View):
     """This process's own.
 
     Note: what keeps its pages. Memory that came back serves whoever needs as much, or half of it at least: units of
-    all sizes share it. What no step of the last few has used loses its pages; writing to new ones costs several times
-    as much as writing to old ones.
+    all sizes share it. Between steps only the smallest free parts keep theirs: steps of small models should not pay for
+    new pages, and those of large ones do not notice.
 
     Args:
         reserved: bytes at its beginning that are never given out.
@@ -81,7 +82,6 @@ class Arena(View):
         self.bare: list[tuple[int, int]] = []  # the same, of those without pages
         self.taken: dict[int, int] = {}  # offset -> size
         self.lent: list[tuple[int, Callable[[], bool]]] = []
-        self.steps, self.used = 0, dict[int, int]()  # offset -> the step that took it last
 
     @property
     def under_way(self) -> int:
@@ -107,7 +107,7 @@ class Arena(View):
         size, offset = found if found is not None else (size, self._new(size))
         if fresh and found is not None:
             self.tensor(offset, size, torch.uint8).zero_()
-        self.taken[offset], self.used[offset] = size, self.steps
+        self.taken[offset] = size
         return offset
 
     def _new(self, size: int) -> int:
@@ -133,10 +133,10 @@ class Arena(View):
                 self.lent.append((offset, idle))
 
     def rest(self) -> None:
-        """A step is over: free memory that the last ones have not used loses its pages."""
-        self.steps += 1
+        """A step is over: free memory loses its pages."""
         self._call_in()
-        for size, offset in [slot for slot in self.free if self.steps - self.used[slot[1]] > _WARM]:
+        ends = accumulate(size for size, _ in self.free)
+        for size, offset in [slot for slot, end in zip(self.free, ends, strict=True) if end > WARM]:
             first, last = _up(offset, _PAGE), (offset + size) // _PAGE * _PAGE
             if first < last:
                 self.map.madvise(mmap.MADV_REMOVE, first, last - first)

@@ -184,7 +184,7 @@ class Carrier(Protocol):
         ...
 
     def rest(self) -> None:
-        """A step is over: let go of what steps have not needed for a while."""
+        """A step is over: let go of memory that the next one gets again."""
         ...
 
     def kept(self) -> Kept:

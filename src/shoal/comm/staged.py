@@ -33,7 +33,10 @@ class Staged:
         self.host, self.pinned = host, pinned
         self.rank, self.size, self.sent, self.plenty = host.rank, host.size, host.sent, host.plenty
         self.spare = Pool()
-        self.stages = Pool(lambda numel, dtype, _: torch.empty(numel, dtype=dtype, device=HOST, pin_memory=pinned))
+        self.stages = Pool(
+            lambda numel, dtype, _: torch.empty(numel, dtype=dtype, device=HOST, pin_memory=pinned),
+            least=0,
+        )
 
     @property
     def levels(self) -> Levels:

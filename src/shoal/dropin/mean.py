@@ -131,6 +131,7 @@ class Averager:
             if present:
                 self.hand_out(places, result, touched)
             self.pool.give(result)
+        self.group.carrier.rest()
 
     def flatten(self, places: Sequence[int], *, present: bool) -> Tensor:
         """Gradients of the parameters at these places side by side; zeros for what has none, or is not `present`."""
@@ -259,3 +260,4 @@ def spread_all(group: Group, tensors: Iterable[Tensor], owner: int) -> None:
         if group.rank != owner:
             for view, tensor in zip(views, kind, strict=True):
                 tensor.detach().copy_(view.view(tensor.shape))
+        group.carrier.rest()

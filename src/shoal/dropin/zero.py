@@ -5,7 +5,8 @@ Sources: torch.distributed.optim.ZeroRedundancyOptimizer; Rajbhandari et al., Ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, zip_longest
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shoal.dropin.mean import CAP, Averager, alike, spread_all, together
+from shoal.dropin.mean import CAP, Averager, alike, cut_into_buckets, spread_all, together
 from shoal.dropin.states import collect
 from shoal.dropin.strays import digest, ours
 from shoal.dropin.world import world
@@ -130,20 +131,34 @@ class ZeroRedundancyOptimizer(Optimizer):
 
     @torch.no_grad()
     def _send(self) -> None:
+        """Everybody gets everybody's parameters, a bucket of each at a time; two rounds are under way."""
+        before: Iterator[None] = iter(())
         for kind in alike(self._all):
-            parts = [[p for p in kind if self._owner[p] == rank] for rank in range(self._group.size)]
-            sizes = [sum(p.numel() for p in part) for part in parts]
-            flat = torch.empty(sum(sizes), dtype=kind[0].dtype, device=kind[0].device)
-            bounds = [sum(sizes[:r]) for r in range(len(sizes) + 1)]
-            ordered = [p for part in parts for p in part]
-            views = torch.split(flat, [p.numel() for p in ordered])
-            for p, view in zip(ordered, views, strict=True):
-                if self._owner[p] == self._group.rank:
-                    view.copy_(p.reshape(-1))
-            self._group.gather("gather", flat, bounds).wait()
-            for p, view in zip(ordered, views, strict=True):
-                if self._owner[p] != self._group.rank:
-                    p.copy_(view.view(p.shape))
+            owned = [[p for p in kind if self._owner[p] == rank] for rank in range(self._group.size)]
+            buckets = [[[part[i] for i in places] for places in cut_into_buckets(part, CAP)] for part in owned]
+            for parts in zip_longest(*buckets, fillvalue=list[nn.Parameter]()):
+                under_way = self._exchange(parts)
+                next(under_way)
+                next(before, None)
+                before = under_way
+        next(before, None)
+        self._group.carrier.rest()
+
+    def _exchange(self, parts: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+        """Parameters of every rank: first they set out, then they arrive."""
+        sizes = [sum(p.numel() for p in part) for part in parts]
+        ordered = [p for part in parts for p in part]
+        flat = torch.empty(sum(sizes), dtype=ordered[0].dtype, device=ordered[0].device)
+        views = list(zip(ordered, torch.split(flat, [p.numel() for p in ordered]), strict=True))
+        for p, view in views:
+            if self._owner[p] == self._group.rank:
+                view.copy_(p.reshape(-1))
+        pending = self._group.gather("gather", flat, [0, *accumulate(sizes)])
+        yield
+        pending.wait()
+        for p, view in views:
+            if self._owner[p] != self._group.rank:
+                p.copy_(view.view(p.shape))
 
     # ---------------------------------------------------------------- state
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shoal.comm.group import Group
+from shoal.comm.pool import least
 from shoal.engine.binding import Binding
 from shoal.engine.gradients import Gradients
 from shoal.engine.ledger import (
@@ -106,8 +107,8 @@ def plan_of(binding: Binding) -> Plan:
         shard=binding.strategy.shard,
         units=units,
         pending=waiting + (engine.twig > 1),  # a twig under way is a sum of its own
-        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=engine.gradients.pool.kept, ranks=mesh.data.size,
-        in_flight=engine.gradients.journeys.limit,
+        every_leaf=engine.every_leaf, turns=engine.turns.count, pool=engine.gradients.pool.kept,
+        least=least(engine.units[0].device), ranks=mesh.data.size, in_flight=engine.gradients.journeys.limit,
         ahead=residence.ahead if residence else largest if engine.budgeted else max(AHEAD, 2 * largest),
         in_use=residence.in_use if residence and engine.budgeted else None,
         kept=(residence.most if residence else whole) if engine.budgeted else 0,
@@ -129,8 +130,8 @@ def _staged(bindings: Sequence[Binding]) -> Plan:
     first = plans[0]
     return Plan(
         shard=first.shard, units=[u for p in plans for u in p.units], pending=first.pending, turns=first.turns,
-        every_leaf=first.every_leaf, pool=first.pool, in_flight=first.in_flight, ranks=first.ranks,
-        received=first.received,
+        every_leaf=first.every_leaf, pool=first.pool, least=first.least, in_flight=first.in_flight,
+        ranks=first.ranks, received=first.received,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from shoal.comm.arena import WARM
 from shoal.comm.group import Kept
 from shoal.strategy import Shard
 
@@ -117,7 +118,7 @@ class Plan:
     Args:
         pending: partial sums that wait at the same time; of shards if `every_leaf`.
         turns: leaves of a rank in a step.
-        pool: buffers of one size that wait to be used again.
+        pool, least: buffers of one size that wait to be used again, and their bytes at least.
         in_flight: bytes of gradients under way at most, besides the last unit.
         ranks: among which gradients are sent.
         ahead: bytes that are gathered ahead of their use at most.
@@ -134,6 +135,7 @@ class Plan:
     every_leaf: bool
     turns: int
     pool: int
+    least: int
     in_flight: int
     ranks: int
     received: float = 1.0
@@ -152,7 +154,7 @@ def gathered_at_most(units: Sequence[UnitBill], ahead: int = 0) -> int:
 def gradients_kept(p: Plan) -> int:
     """Bytes of buffers for the step's gradient that wait for the next step: at most `pool` of one size."""
     sizes = sorted(u.mine * u.reduce for u in p.units if u.trainable and u.agreed and u.common_gradient == 1)
-    return sum(size * min(p.pool, len(list(alike))) for size, alike in groupby(sizes))
+    return sum(size * min(p.pool, len(list(alike))) for size, alike in groupby(sizes) if size >= p.least)
 
 
 def gradients_at_most(p: Plan) -> tuple[int, int, int]:
@@ -176,12 +178,18 @@ def gradients_at_most(p: Plan) -> tuple[int, int, int]:
 
 
 def staging_at_most(p: Plan) -> int:
-    """Bytes that are copied for others, or have come from them, and are not summed yet; kept for the next step."""
+    """Bytes that are copied for others, or have come from them, and are not summed yet."""
     if p.ranks == 1:
         return 0
     sums = 1 if p.every_leaf else p.pending
     sizes = [u.numel * u.reduce * sums for u in p.units if u.trainable]
     return round(max(1.0, p.received) * min(sum(sizes), p.in_flight * sums + max(sizes, default=0)))
+
+
+def staging_at_rest(p: Plan) -> int:
+    """Bytes of it that wait for the next step: little, and what malloc would not keep."""
+    large = sum(u.numel * u.reduce for u in p.units if u.trainable and u.numel * u.reduce >= p.least)
+    return min(staging_at_most(p), WARM + large)
 
 
 def state_entries(p: Plan, now: Mapping[str, int], optimizer: int) -> Iterator[Entry]:
@@ -253,9 +261,9 @@ def gradient_entries(p: Plan, now: Mapping[str, int]) -> Iterator[Entry]:
 
 def carrier_entries(p: Plan, kept: Kept) -> Iterator[Entry]:
     """What the carrier has for what travels."""
-    most = staging_at_most(p) if kept.stages else 0
+    rest, most = (staging_at_rest(p), staging_at_most(p)) if kept.stages else (0, 0)
     yield Entry(
-        name="staging", kind="staging", now=kept.under_way + kept.waiting, rest=most, peak=most, lifetime="in flight",
+        name="staging", kind="staging", now=kept.under_way + kept.waiting, rest=rest, peak=most, lifetime="in flight",
         setting="carrier",
     )  # fmt: skip
     yield Entry(
