@@ -19,7 +19,7 @@ from shoal.engine.journeys import Journeys
 
 
 class Overlap:
-    """The exchange of one wrapped model's gradients, from its second backward on.
+    """The exchange of one model's gradients, from its second backward on.
 
     Args:
         averager: its buckets.

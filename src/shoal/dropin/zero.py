@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shoal.dropin.mean import CAP, Averager, alike, cut_into_buckets, spread_all, together
+from shoal.dropin.overlap import Overlap
 from shoal.dropin.states import collect
 from shoal.dropin.strays import digest, ours
 from shoal.dropin.world import world
@@ -243,9 +244,9 @@ class ZeRO(ZeroRedundancyOptimizer):
     Args:
         params: as there.
         optimizer: the class.
-        stage: 1: gradients are whole, and the caller's, who wraps the model in `DistributedDataParallel`. 2: `backward`
-            averages gradients here, without a wrapper, and keeps those that this rank updates; the others' `p.grad` is
-            None afterwards.
+        stage: 1: gradients are whole, and the caller's, who wraps the model in `DistributedDataParallel`. 2: gradients
+            are averaged here while `backward` runs, without a wrapper, and those stay that this rank updates; the
+            others' `p.grad` is None afterwards.
         bucket_bytes_cap: bytes of gradients that travel together in stage 2; None: 25 MiB.
         process_group: as there.
         defaults: for `optimizer`.
@@ -275,23 +276,50 @@ class ZeRO(ZeroRedundancyOptimizer):
         if stage == 2:
             trained = [p for p in self._all if p.requires_grad]
             self._averager = Averager(self._group, trained, self._cap)
+            self._overlap = Overlap(self._averager)
             for p in trained:
                 p.register_post_accumulate_grad_hook(self._accumulated)
             self._averages = True
             spread_all(self._group, trained, 0)  # all start from rank 0's values, as the wrapper would do it
 
-    def _accumulated(self, _param: Tensor) -> None:
+    def _accumulated(self, param: Tensor) -> None:
         call = graph_task()
         if call not in self._calls:
             self._calls.add(call)
             at_end_of_backward(lambda: self._over(call))
+        self._overlap.accumulated(cast(nn.Parameter, param))
 
     def _over(self, call: int) -> None:
         self._calls.discard(call)
-        params = self._averager.params
-        bits = self._averager.touched().to_bytes(len(params) // 8 + 1, "little")
-        touched = together(int.from_bytes(told, "little") for told in self._group.share("touched", bits))
-        self._averager.average(touched, [True] * self._group.size, self._group.size)
+        if not self._calls:
+            self._average()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._give_up()
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update this rank's parameters and send them to all. Collective."""
+        if self._give_up():
+            self._average()
+        return super().step(closure)
+
+    def _give_up(self) -> bool:
+        """Has a backward raised, and so had no end, since gradients were averaged?"""
+        if self._calls:
+            self._calls.clear()
+            self._overlap.give_up()
+            return True
+        return False
+
+    def _average(self) -> None:
+        self._overlap.start_all()
+        params, buckets = self._averager.params, self._averager.buckets
+        bits = self._averager.touched() | self._overlap.late << len(params)
+        mine = bits.to_bytes((len(params) + len(buckets)) // 8 + 1, "little")
+        told = together(int.from_bytes(each, "little") for each in self._group.share("touched", mine))
+        left = self._overlap.finish(told & ((1 << len(params)) - 1), told >> len(params))
+        self._averager.average(left, [True] * self._group.size, self._group.size)
         for p in params:
             if self._owner[p] != self._group.rank:
                 p.grad = None
