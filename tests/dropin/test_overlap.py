@@ -181,81 +181,54 @@ def failing(net: Net, x: Tensor, step: int, _rank: int) -> Tensor:
     return x
 
 
-def skipping(rank: int) -> list[Tensor]:
-    """All ranks leave out a step whose backward fails half way."""
-    torch.manual_seed(0)
-    model = shoal.DistributedDataParallel(Net(failing), bucket_cap_mb=TINY)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for step in range(STEPS):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step * 2 + rank))
-        try:
-            model(x, step, rank).square().sum().backward()
-            optimizer.step()
-        except ValueError:
-            assert step == 2
-        optimizer.zero_grad(set_to_none=False)
-    return [p.detach().clone() for p in model.parameters()]
+def in_stage(stage: int, use: Use, rank: int, zeroed: str = "optimizer") -> tuple[list[Tensor], list[bool]]:
+    """The last parameters of `shoal.ZeRO`, and per backward whether others' gradients were gone after it.
 
-
-def test_a_backward_that_fails_on_all_ranks_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    got = run(2, skipping)
-    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
-    monkeypatch.setattr(DistributedDataParallel, "_overlaps", property(lambda _self: False))
-    assert all(torch.equal(a, b) for a, b in zip(got[0], run(2, skipping)[0], strict=True))
-
-
-def in_stage(stage: int, use: Use, rank: int) -> list[Tensor]:
-    """The last parameters of `shoal.ZeRO`; a step whose backward fails is left out."""
+    A step whose backward fails is left out.
+    """
     torch.manual_seed(0)
     net = Net(use)
     model = shoal.DistributedDataParallel(net, bucket_cap_mb=TINY) if stage == 1 else net
     optimizer = shoal.ZeRO(net.parameters(), torch.optim.SGD, stage, int(TINY * 2**20), lr=0.5)
+    gone: list[bool] = []
     for step in range(STEPS):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step * 3 + rank)).requires_grad_()
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step * 3 + rank))
         try:
             model(x, step, rank).square().sum().backward()
+            gone.append(any(p.grad is None for p in net.parameters()))
             optimizer.step()
         except ValueError:
             assert step == 2
-        optimizer.zero_grad(set_to_none=False)
-    return [p.detach().clone() for p in net.parameters()]
+        (optimizer if zeroed == "optimizer" else net).zero_grad(set_to_none=False)
+    return [p.detach().clone() for p in net.parameters()], gone
+
+
+def assert_equal(got: list[tuple[list[Tensor], list[bool]]], want: list[tuple[list[Tensor], list[bool]]]) -> None:
+    for params, _ in got:
+        assert all(torch.equal(a, b) for a, b in zip(params, want[0][0], strict=True))
+
+
+def test_a_backward_that_fails_on_all_ranks_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    got = run(2, lambda rank: in_stage(1, failing, rank))
+    monkeypatch.setattr(DistributedDataParallel, "_overlaps", property(lambda _self: False))
+    assert_equal(got, run(2, lambda rank: in_stage(1, failing, rank)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("use", [in_order, shuffled, some, failing], ids=lambda use: use.__name__)
 def test_stage_2_as_stage_1(use: Use, size: int, begun: list[int]) -> None:
     want, got = (run(size, lambda rank, stage=stage: in_stage(stage, use, rank)) for stage in (1, 2))
-    for each in got:
-        assert all(torch.equal(a, b) for a, b in zip(each, want[0], strict=True))
+    assert_equal(got, want)
     if use is in_order and size > 1:
         assert set(begun[-size * (STEPS - 1) :]) == {5}
 
 
-@pytest.mark.parametrize("zeroed", ["optimizer", "model"])
-def test_in_stage_2_a_backward_that_fails_may_be_left_out(zeroed: str) -> None:
-    """Whoever zeroes gradients: those of the next backward are averaged, in `step` at the latest."""
-
-    def main(stage: int, rank: int) -> list[Tensor]:
-        torch.manual_seed(0)
-        net = Net(failing)
-        model = shoal.DistributedDataParallel(net) if stage == 1 else net
-        optimizer = shoal.ZeRO(net.parameters(), torch.optim.SGD, stage, lr=0.5)
-        for step in (0, 1, 2, 5, 6):
-            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step * 3 + rank))
-            if step == 2:
-                with pytest.raises(ValueError, match="assertion"):
-                    model(x, step, rank).square().sum().backward()
-            else:
-                model(x, step, rank).square().sum().backward()
-                averaged = any(p.grad is None for p in net.parameters())  # another rank's
-                assert averaged is (stage == 2 and not (step == 5 and zeroed == "model"))
-                optimizer.step()
-            (optimizer if zeroed == "optimizer" else net).zero_grad()
-        return [p.detach().clone() for p in net.parameters()]
-
-    want, got = (run(2, lambda rank, stage=stage: main(stage, rank)) for stage in (1, 2))
-    for each in got:
-        assert all(torch.equal(a, b) for a, b in zip(each, want[0], strict=True))
+@pytest.mark.parametrize(("zeroed", "gone"), [("optimizer", True), ("model", False)])
+def test_in_stage_2_a_backward_that_fails_is_forgotten(zeroed: str, gone: bool) -> None:
+    """Where this optimizer zeroes gradients, at once; else those of the next backward are averaged in `step`."""
+    want, got = (run(2, lambda rank, stage=stage: in_stage(stage, failing, rank, zeroed)) for stage in (1, 2))
+    assert_equal(got, want)
+    assert [each for _, each in got] == [[True, True, gone, True, True]] * 2
 
 
 def half_in_join(rank: int) -> None:

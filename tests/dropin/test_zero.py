@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 import shoal
+from shoal.comm.group import Group
 from shoal.comm.threads import Threads
+from shoal.dropin import mean
 from shoal.dropin.states import packed, unpacked
 from shoal.dropin.world import world
-from shoal.errors import OptimizerError, OrderError, StrategyError
+from shoal.errors import DivergedError, OptimizerError, OrderError, StrategyError
 from tests.dropin.test_ddp import batch, on_threads
 from tests.pool import Pool
 
@@ -167,11 +169,11 @@ def test_gradients_that_nobody_averages_are_said() -> None:
 def test_parameters_come_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which some ranks have more than others."""
     rounds: list[int] = []
-    exchange = shoal.ZeroRedundancyOptimizer._exchange
+    one_round = mean._round
 
-    def counted(self: shoal.ZeroRedundancyOptimizer, parts: Any) -> Any:
-        rounds.append(len(parts))
-        return exchange(self, parts)
+    def counted(group: Group, parts: Any) -> Any:
+        rounds.append(group.rank)
+        return one_round(group, parts)
 
     def main(rank: int) -> list[Tensor]:
         model = net()
@@ -180,11 +182,11 @@ def test_parameters_come_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> N
         return [p.detach() for p in model.parameters()]
 
     want, _ = on_threads(3, ddp)
-    monkeypatch.setattr("shoal.dropin.zero.CAP", 1e-5)
-    monkeypatch.setattr(shoal.ZeroRedundancyOptimizer, "_exchange", counted)
+    monkeypatch.setattr(mean, "CAP", 1e-5)
+    monkeypatch.setattr(mean, "_round", counted)
     for got in on_threads(3, main)[0]:
         assert all(torch.equal(a, b) for a, b in zip(got, want[0], strict=True))
-    assert len(rounds) > 3 * 3
+    assert rounds.count(0) > 6 + 3  # of all parameters as rank 0 has them, then in three steps
 
 
 @pytest.mark.parametrize("exchanges", [1, 2, 3])
@@ -235,6 +237,20 @@ def test_stage_2_averages_what_only_some_ranks_use() -> None:
     for each in got:
         assert all(torch.equal(a, b) for a, b in zip(each, want[0], strict=True))
     assert not torch.equal(want[0][2], Forks().sometimes.weight)
+
+
+def test_in_stage_2_unequal_batches_are_named() -> None:
+    def main(rank: int) -> None:
+        model = net()
+        optimizer = shoal.ZeRO(model.parameters(), optimizer=torch.optim.SGD, lr=0.1, stage=2)
+        steps(model, optimizer, rank, 0, 2)
+        if rank:
+            model(batch(2, rank)).square().mean().backward()
+        world().leave()
+
+    with pytest.raises(DivergedError, match=r"with shoal.ZeRO\(stage=2\): rank 0 has come to .*; rank 1 ends a b") as e:
+        on_threads(2, main)
+    assert "as many batches on all ranks, or stage=1" in (e.value.remedy or "")
 
 
 def test_one_more_group_on_the_way() -> None:

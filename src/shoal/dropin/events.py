@@ -43,15 +43,21 @@ class Told(NamedTuple):
 
 
 class Events:
-    """Where the ranks of one wrapped model meet.
+    """Where the ranks of one model meet.
 
     Args:
         group: the ranks.
         params, buckets: how many there are.
+        of: what is between the model and its program.
+        remedy: where ranks do different things.
     """
 
-    def __init__(self, group: Group, params: int, buckets: int) -> None:
+    def __init__(
+        self, group: Group, params: int, buckets: int, of: str = "a DistributedDataParallel",
+        remedy: str = "`with model.join():` around the loop for unequal data; model.module(x) for one rank alone",
+    ) -> None:  # fmt: skip
         self.group, self.params, self.size = group, params, (params + buckets) // 8 + 1
+        self.of, self.remedy = of, remedy
 
     def tell(
         self, event: Event, *, steps: int = 0, touched: int = 0, late: int = 0, batch: bytes = b"",
@@ -79,9 +85,9 @@ class Events:
         if len(busy) > 1:
             what = "; ".join(f"rank {r} {_WORDS[t.event]}" for r, t in zip(self.group.ranks, told, strict=True))
             raise DivergedError(
-                f"ranks do different things with a DistributedDataParallel: {what}",
+                f"ranks do different things with {self.of}: {what}",
                 cause="unequal numbers of batches, or a branch that only some ranks take",
-                remedy="`with model.join():` around the loop for unequal data; model.module(x) for one rank alone",
+                remedy=self.remedy,
             )
         if busy and len({t.joins for t in told}) > 1:
             inside = ", ".join(str(r) for r, t in zip(self.group.ranks, told, strict=True) if t.joins)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise, zip_longest
 from typing import TypeVar
 
 import torch
@@ -58,7 +58,7 @@ Hook = Callable[[object, Bucket], torch.futures.Future[Tensor]]
 """What `register_comm_hook` takes: of (state, bucket), a future of the bucket's new buffer."""
 
 
-def cut_into_buckets(params: Sequence[nn.Parameter], cap: float) -> list[list[int]]:
+def cut_into_buckets(params: Sequence[Tensor], cap: float) -> list[list[int]]:
     """Places of parameters by bucket, the last parameters first; a bucket has one dtype and device, and a size.
 
     Args:
@@ -246,18 +246,45 @@ def alike(tensors: Iterable[T]) -> list[list[T]]:
     return list(kinds.values())
 
 
-@torch.no_grad()
 def spread_all(group: Group, tensors: Iterable[Tensor], owner: int) -> None:
     """The same for tensors of any shapes."""
-    for kind in alike(tensors):
-        sizes = [t.numel() for t in kind]
-        flat = torch.empty(sum(sizes), dtype=kind[0].dtype, device=kind[0].device)
-        views = torch.split(flat, sizes)
-        if group.rank == owner:
-            for view, tensor in zip(views, kind, strict=True):
-                view.copy_(tensor.detach().reshape(-1))
-        spread(group, flat, owner)
-        if group.rank != owner:
-            for view, tensor in zip(views, kind, strict=True):
-                tensor.detach().copy_(view.view(tensor.shape))
-        group.carrier.rest()
+    every = list(tensors)
+    to_all(group, [every if rank == owner else [] for rank in range(group.size)])
+
+
+@torch.no_grad()
+def to_all(group: Group, owned: Sequence[Sequence[Tensor]]) -> None:
+    """Everybody gets every rank's values, in place, a bucket of each at a time; two rounds are under way. Collective.
+
+    Args:
+        owned: by rank, the tensors whose values it gives. All ranks have all of them.
+    """
+    before: Iterator[None] = iter(())
+    for like, *_ in alike(t for part in owned for t in part):
+        kind = [[t for t in part if t.dtype == like.dtype and t.device == like.device] for part in owned]
+        buckets = [[[part[i] for i in places] for places in cut_into_buckets(part, CAP)] for part in kind]
+        for parts in zip_longest(*buckets, fillvalue=list[Tensor]()):
+            under_way = _round(group, parts)
+            next(under_way)
+            next(before, None)
+            before = under_way
+    next(before, None)
+    group.carrier.rest()
+
+
+def _round(group: Group, parts: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """First they set out, then they arrive."""
+    sizes = [sum(t.numel() for t in part) for part in parts]
+    ordered = [(rank, t) for rank, part in enumerate(parts) for t in part]
+    like = ordered[0][1]
+    flat = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
+    views = torch.split(flat, [t.numel() for _, t in ordered])
+    for (rank, tensor), view in zip(ordered, views, strict=True):
+        if rank == group.rank:
+            view.copy_(tensor.detach().reshape(-1))
+    pending = group.gather("values", flat, [0, *accumulate(sizes)])
+    yield
+    pending.wait()
+    for (rank, tensor), view in zip(ordered, views, strict=True):
+        if rank != group.rank:
+            tensor.detach().copy_(view.view(tensor.shape))

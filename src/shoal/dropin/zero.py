@@ -5,8 +5,7 @@ Sources: torch.distributed.optim.ZeroRedundancyOptimizer; Rajbhandari et al., Ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, zip_longest
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shoal.dropin.mean import CAP, Averager, alike, cut_into_buckets, spread_all, together
+from shoal.dropin.events import Event, Events
+from shoal.dropin.mean import CAP, Averager, spread_all, to_all, together
 from shoal.dropin.overlap import Overlap
 from shoal.dropin.states import collect
 from shoal.dropin.strays import digest, ours
@@ -24,6 +24,8 @@ from shoal.errors import OptimizerError, OrderError, StrategyError
 from shoal.layout import Item, Layout
 
 Group = dict[str, object]
+UNEQUAL = "as many batches on all ranks, or stage=1 under shoal.DistributedDataParallel and its join()"
+"""What to do where ranks have unequal numbers of backwards."""
 
 
 class ZeroRedundancyOptimizer(Optimizer):
@@ -57,7 +59,7 @@ class ZeroRedundancyOptimizer(Optimizer):
         self._owner: dict[Tensor, int] = {}
         self.optim: Optimizer | None = None
         self._whole: dict[str, object] | None = None
-        self._compared, self._averages = False, False  # gradients: by the ranks; by this optimizer
+        self._compared = False  # have ranks compared their gradients?
         super().__init__(params, dict(defaults))  # type: ignore[arg-type]
         groups = [self._part(group) for group in self.param_groups]
         self.optim = optimizer_class(groups, **defaults)  # type: ignore[call-arg]
@@ -108,18 +110,19 @@ class ZeroRedundancyOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._compare()
+        self._before_update()
         assert self.optim is not None
         _copy_settings(self, self.optim)
         self.optim.step()
         _copy_settings(self.optim, self)
-        self._send()
+        every = self._all
+        to_all(self._group, [[p for p in every if self._owner[p] == rank] for rank in range(self._group.size)])
         self._whole = None
         return loss
 
-    def _compare(self) -> None:
+    def _before_update(self) -> None:
         """At the first step: has somebody averaged the gradients?"""
-        if self._compared or self._averages or self._group.size == 1:
+        if self._compared or self._group.size == 1:
             return
         self._compared = True
         grads = [p.grad for p in self._all if p.grad is not None]
@@ -129,37 +132,6 @@ class ZeroRedundancyOptimizer(Optimizer):
                 "ZeroRedundancyOptimizer.step: the ranks' gradients differ, and each parameter follows those of one "
                 "rank alone; shoal.DistributedDataParallel(model) averages them, or shoal.ZeRO(..., stage=2)"
             )
-
-    @torch.no_grad()
-    def _send(self) -> None:
-        """Everybody gets everybody's parameters, a bucket of each at a time; two rounds are under way."""
-        before: Iterator[None] = iter(())
-        for kind in alike(self._all):
-            owned = [[p for p in kind if self._owner[p] == rank] for rank in range(self._group.size)]
-            buckets = [[[part[i] for i in places] for places in cut_into_buckets(part, CAP)] for part in owned]
-            for parts in zip_longest(*buckets, fillvalue=list[nn.Parameter]()):
-                under_way = self._exchange(parts)
-                next(under_way)
-                next(before, None)
-                before = under_way
-        next(before, None)
-        self._group.carrier.rest()
-
-    def _exchange(self, parts: Sequence[Sequence[Tensor]]) -> Iterator[None]:
-        """Parameters of every rank: first they set out, then they arrive."""
-        sizes = [sum(p.numel() for p in part) for part in parts]
-        ordered = [p for part in parts for p in part]
-        flat = torch.empty(sum(sizes), dtype=ordered[0].dtype, device=ordered[0].device)
-        views = list(zip(ordered, torch.split(flat, [p.numel() for p in ordered]), strict=True))
-        for p, view in views:
-            if self._owner[p] == self._group.rank:
-                view.copy_(p.reshape(-1))
-        pending = self._group.gather("gather", flat, [0, *accumulate(sizes)])
-        yield
-        pending.wait()
-        for p, view in views:
-            if self._owner[p] != self._group.rank:
-                p.copy_(view.view(p.shape))
 
     # ---------------------------------------------------------------- state
 
@@ -277,9 +249,12 @@ class ZeRO(ZeroRedundancyOptimizer):
             trained = [p for p in self._all if p.requires_grad]
             self._averager = Averager(self._group, trained, self._cap)
             self._overlap = Overlap(self._averager)
+            self._events = Events(
+                self._group, len(trained), len(self._averager.buckets), "shoal.ZeRO(stage=2)", UNEQUAL
+            )
+            self._world.goodbyes.append(lambda events=self._events: events.tell(Event.LEFT))
             for p in trained:
                 p.register_post_accumulate_grad_hook(self._accumulated)
-            self._averages = True
             spread_all(self._group, trained, 0)  # all start from rank 0's values, as the wrapper would do it
 
     def _accumulated(self, param: Tensor) -> None:
@@ -295,32 +270,30 @@ class ZeRO(ZeroRedundancyOptimizer):
             self._average()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._give_up()
+        """As torch's."""
+        self._failed()
         super().zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update this rank's parameters and send them to all. Collective."""
-        if self._give_up():
+    def _before_update(self) -> None:
+        if self.stage == 1:
+            super()._before_update()
+        elif self._failed():
             self._average()
-        return super().step(closure)
 
-    def _give_up(self) -> bool:
-        """Has a backward raised, and so had no end, since gradients were averaged?"""
-        if self._calls:
-            self._calls.clear()
-            self._overlap.give_up()
-            return True
-        return False
+    def _failed(self) -> bool:
+        """Has a backward raised, and so had no end, since gradients were averaged? It is forgotten."""
+        if not self._calls:
+            return False
+        self._calls.clear()
+        self._overlap.give_up()
+        return True
 
     def _average(self) -> None:
         self._overlap.start_all()
-        params, buckets = self._averager.params, self._averager.buckets
-        bits = self._averager.touched() | self._overlap.late << len(params)
-        mine = bits.to_bytes((len(params) + len(buckets)) // 8 + 1, "little")
-        told = together(int.from_bytes(each, "little") for each in self._group.share("touched", mine))
-        left = self._overlap.finish(told & ((1 << len(params)) - 1), told >> len(params))
+        told = self._events.tell(Event.BACKWARD, touched=self._averager.touched(), late=self._overlap.late)
+        left = self._overlap.finish(together(t.touched for t in told), together(t.late for t in told))
         self._averager.average(left, [True] * self._group.size, self._group.size)
-        for p in params:
+        for p in self._averager.params:
             if self._owner[p] != self._group.rank:
                 p.grad = None
 
