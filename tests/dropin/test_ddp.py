@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import shoal
 from shoal.comm.threads import run
 from shoal.dropin.ddp import LOOKS
-from shoal.dropin.mean import cut_into_buckets
+from shoal.dropin.mean import cut_into_buckets, to_all
 from shoal.dropin.world import world
 from shoal.errors import DivergedError, EnvironmentFault, ModelError, OrderError, SettingError
 from tests.pool import Pool
@@ -452,3 +452,20 @@ def test_buckets() -> None:
               [(4, torch.float32), (100, torch.float32), (4, torch.float64), (4, torch.float32)]]  # fmt: skip
     assert cut_into_buckets(params, 25.0) == [[3, 1, 0], [2]]
     assert cut_into_buckets(params, 40 / 2**20) == [[3], [2], [1], [0]]
+
+
+def test_values_of_all_dtypes_arrive_as_they_are() -> None:
+    """Those that no other dtype could carry, from several ranks at once."""
+
+    def main(rank: int) -> list[Tensor]:
+        small, wide, count, mask = tensors = [
+            torch.full((3,), 0.5 + rank), torch.full((2, 2), 1 / 3 + rank, dtype=torch.float64),
+            torch.tensor(2**60 + 1 + rank), torch.tensor([rank == 0, rank == 1]),
+        ]  # fmt: skip
+        to_all(world().group_of(None), [[small, count], [mask, wide]])
+        return tensors
+
+    want = [torch.full((3,), 0.5), torch.full((2, 2), 1 / 3 + 1, dtype=torch.float64), torch.tensor(2**60 + 1)]
+    for small, wide, count, mask in on_threads(2, main)[0]:
+        assert mask.tolist() == [False, True]
+        assert [a.equal(b) for a, b in zip((small, wide, count), want, strict=True)] == [True] * 3
