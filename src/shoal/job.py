@@ -62,6 +62,7 @@ def init(
     layerwise: bool | None = None,
     carrier: str | None = None,
     interface: str | None = None,
+    one_round: int | str | None = None,
     run_dir: str | None = None,
 ) -> Job:
     """Start or join a job. Finds its place from torchrun's or `shoal run`'s environment, or is a world of one.
@@ -87,6 +88,8 @@ def init(
             mpirun), or "auto", the fastest there is.
         interface: names of network interfaces, "eth0" or "eth0,eth1": large messages are spread over all of them;
             default GLOO_SOCKET_IFNAME, else the one that leads to MASTER_ADDR.
+        one_round: models with so many bytes of gradients at most, such as "32KiB", exchange them in one round instead
+            of two, which send less. Default: measured when a small model is prepared.
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
 
     Raises:
@@ -98,7 +101,7 @@ def init(
         "device": str(device) if device is not None else None, "seed": seed, "threads": threads, "leaves": leaves,
         "ranks_per_copy": ranks_per_copy, "twig": twig, "precision": precision, "masters": masters, "cut": cut,
         "numerics": numerics, "timeout": timeout, "overlap": overlap, "pending": pending, "memory": memory,
-        "layerwise": layerwise, "carrier": carrier, "interface": interface, "run_dir": run_dir,
+        "layerwise": layerwise, "carrier": carrier, "interface": interface, "one_round": one_round, "run_dir": run_dir,
     }  # fmt: skip
     resolved = settle_settings(strategy, given)
     check_together(resolved.settings)
@@ -107,7 +110,7 @@ def init(
         return cast(Job, PlainJob(traced, resolved))
     base = strategy_of(resolved, strategy)
     s = resolved.settings
-    carrying, place = find_carrier(s.timeout, s.carrier, s.device, s.interface)
+    carrying, place = find_carrier(s.timeout, s.carrier, s.device, s.interface, one_round=s.one_round)
     try:
         return Job(base.settled(carrying.size, place.local_world), carrying, resolved, place)
     except BaseException as error:

@@ -60,6 +60,9 @@ class Settings(BaseModel):
     )
     layerwise: bool = Field(False, description="true or false: whether units are updated while backward runs")
     carrier: Literal["auto", "gloo", "shared", "nccl", "mpi"] = Field("auto", description="what moves the bytes")
+    one_round: Annotated[int, BeforeValidator(nbytes), Field(ge=0)] | None = Field(
+        None, description="bytes, such as 32KiB, or 0; none: as measured where it may pay"
+    )
     interface: str | None = Field(None, description="network interfaces, as eth0 or eth0,eth1; none: by the way")
     device: str | None = Field(None, description="a device of torch; none: what the machine has")
     run_dir: str | None = Field(None, description="a directory, none to keep nothing")

@@ -77,7 +77,7 @@ def strategy_of(resolved: Resolved, given: str | Strategy | None) -> Strategy:
 
 def find_carrier(
     timeout: float, name: str = "auto", device: str | None = None, interface: str | None = None,
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] = os.environ, one_round: int | None = None,
 ) -> tuple[Carrier, Seat]:  # fmt: skip
     """This rank's place and what connects it to the others.
 
@@ -88,10 +88,11 @@ def find_carrier(
         device: where this rank's model will be; None: the host.
         interface: names of the network interfaces to use together; None: the one that leads to the others.
         environ: where the place is looked for.
+        one_round: bytes that travel in one round; None: as many as that is faster for.
     """
     given = current.get()
     if given is not None:
-        hosts = given.levels.hosts
+        hosts, given.levels.asked = given.levels.hosts, one_round
         return given, Seat(hosts.count(hosts[given.rank]), own_process=False)
     place = find_place(environ)
     if place is None:
@@ -110,6 +111,7 @@ def find_carrier(
     else:
         lives = Gloo(address, timeout=timeout, report=warn)
         host = lives if name == "gloo" else join_host(lives, wanted=name == "shared")
+    host.levels.asked = one_round
     return clocked(over_devices(host, lives, here, name, address, timeout), environ), seat
 
 

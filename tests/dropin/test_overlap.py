@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import shoal
-from shoal.comm.group import Group
+from shoal.comm.group import Group, current
 from shoal.comm.meter import Meter
 from shoal.comm.threads import run
 from shoal.dropin.ddp import DistributedDataParallel
@@ -259,3 +259,29 @@ def there_and_back(rank: int) -> list[Tensor]:
 def test_in_and_out_of_join() -> None:
     one, other = run(2, there_and_back)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+@pytest.mark.parametrize("use", [in_order, some], ids=lambda use: use.__name__)
+def test_in_one_round(use: Use, stage: int | None) -> None:
+    """Small models send all to all, with the same bits."""
+
+    def main(rank: int, one_round: int) -> tuple[object, int]:
+        carrier = current.get()
+        assert carrier is not None
+        carrier.levels.one_round = one_round
+        done = trained(use, rank, 3) if stage is None else in_stage(stage, use, rank)
+        return done, carrier.sent["agree"]
+
+    nbytes = 4 * 5 * 42
+    two, one = (run(3, lambda rank, n=n: main(rank, n)) for n in (nbytes - 1, nbytes))
+    assert sum(sent for _, sent in one) * 2 == sum(sent for _, sent in two) * 3 > 0
+    assert torch.equal(flat(two), flat(one))
+
+
+def flat(results: object) -> Tensor:
+    """All tensors in it, one after the other."""
+    if isinstance(results, Tensor):
+        return results.detach().reshape(-1)
+    found = [flat(r) for r in results] if isinstance(results, (list, tuple)) else []
+    return torch.cat(found) if found else torch.empty(0)

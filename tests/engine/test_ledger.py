@@ -95,13 +95,15 @@ def seen(
 @pytest.mark.parametrize("leaves", [4, 8])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("common", [False, True], ids=["apart", "common"])
-@pytest.mark.parametrize("name", NAMED)
-def test_predicted_is_measured(name: str, common: bool, precision: str, leaves: int) -> None:
+@pytest.mark.parametrize(("name", "one_round"), [*((name, 0) for name in NAMED), ("ddp", 2**20), ("hybrid", 2**20)])
+def test_predicted_is_measured(name: str, one_round: int, common: bool, precision: str, leaves: int) -> None:
     per_copy = 2 if name == "hybrid" else None
     strategy = Strategy(shard=NAMED[name].shard, ranks_per_copy=per_copy, precision=precision)
-    for rank in seen(4, strategy, leaves=leaves, common=common):
+    for rank in seen(4, strategy, leaves=leaves, common=common, one_round=one_round):
         for entry in rank.rest.entries:
             assert entry.now == entry.rest, entry
+        [others] = [e for e in rank.rest.entries if e.name == "gradients of others"]
+        assert bool(others.rest) == bool(one_round and not common)
         assert rank.rest["optimizer"] == rank.optimizer
         for kind in KINDS:
             peak = sum(e.peak for e in rank.rest.entries if e.kind == kind)

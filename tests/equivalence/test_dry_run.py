@@ -15,9 +15,9 @@ from tests.equivalence.models import Everything, adamw, samples
 from tests.equivalence.test_table import STRATEGIES
 
 
-def program(strategy: Strategy, leaves: int, precision: str) -> Callable[[int], dict[str, int]]:
+def program(strategy: Strategy, leaves: int, precision: str, one_round: str = "0") -> Callable[[int], dict[str, int]]:
     def rank_main(_rank: int) -> dict[str, int]:
-        with shoal.init(strategy, leaves=leaves, precision=precision, run_dir="none") as job:
+        with shoal.init(strategy, leaves=leaves, precision=precision, one_round=one_round, run_dir="none") as job:
             with job.device:  # `.to("meta")` would untie tied weights
                 model = Everything()
             model, optimizer = job.prepare(model, adamw(model))

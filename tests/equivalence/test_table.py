@@ -113,6 +113,34 @@ def clipped(leaves: int, clip: float | None) -> Outcome:
     return on_threads(1, "ddp", leaves=leaves, clip=clip)
 
 
+@pytest.mark.every(3)
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize(("leaves", "clip"), [(3, None), (4, 0.5), (6, None)])
+@pytest.mark.parametrize(
+    ("name", "ranks_per_copy", "ranks_per_host"),
+    [("ddp", None, (2,)), ("ddp", None, (3,)), ("ddp", None, (1, 3)), ("zero1", 2, (2, 2)), ("zero2", 2, (4,)),
+     ("zero3", 2, (1, 1, 1, 1)), ("zero3", 2, (6,))],
+    ids=str,
+)  # fmt: skip
+def test_one_round_instead_of_two_changes_nothing(
+    name: str, ranks_per_copy: int | None, ranks_per_host: tuple[int, ...], leaves: int, clip: float | None,
+    pending: bool,
+) -> None:  # fmt: skip
+    world, strategy = sum(ranks_per_host), Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
+    got = on_threads(
+        world, strategy, leaves=leaves, clip=clip, pending=pending, ranks_per_host=ranks_per_host, order=world,
+        one_round="1MiB",
+    )  # fmt: skip
+    assert got == clipped(leaves, clip)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 5, 10])
+def test_one_round_with_any_number_of_leaves(leaves: int) -> None:
+    """Steps with all leaves, and steps with some, whose sums are not the ones that were expected."""
+    want = on_threads(1, "ddp", leaves=leaves, global_batch=40)
+    assert on_threads(3, "ddp", leaves=leaves, global_batch=40, one_round="1MiB") == want
+
+
 ON_HOSTS = [(name, hosts) for name in STRATEGIES for hosts in ((2, 2), (2, 1), (1, 3))]
 
 
@@ -137,6 +165,15 @@ def test_two_levels_are_told(
     on_threads(3, "zero1", leaves=3, ranks_per_host=ranks_per_host)
     line = capsys.readouterr().err.splitlines()[0]
     assert line.split("numerics exact")[1:] == (said or [""])
+
+
+def test_one_round_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for one_round, end in (
+        (10, "numerics exact"),
+        (2**20, "numerics exact; gradients in one round, as they are small"),
+    ):
+        on_threads(2, "ddp", leaves=3, one_round=one_round)
+        assert capsys.readouterr().err.splitlines()[0].endswith(end)
 
 
 def test_several_copies_on_a_host_change_nothing() -> None:

@@ -39,6 +39,14 @@ def test_equals_one_process(name: str, world: int, carrier: str, pool: Pool) -> 
     assert results == [one_process("float32")] + [None] * (world - 1)
 
 
+@pytest.mark.parametrize(("world", "leaves", "batch"), [(2, 4, 24), (3, 5, 40), (3, 2, 40)])
+def test_one_round(world: int, leaves: int, batch: int, pool: Pool) -> None:
+    """Where ranks announce what they receive, and where other sums come than they have announced."""
+    how = {"leaves": leaves, "global_batch": batch, "carrier": "gloo", "one_round": "1MiB"}
+    results = pool.run(train, "ddp", how, world=world)
+    assert results == [on_threads(1, "ddp", leaves=leaves, global_batch=batch), *[None] * (world - 1)]
+
+
 @pytest.mark.parametrize("carrier", ["gloo", "shared"])
 @pytest.mark.parametrize(
     ("name", "settings"), [("zero1", {}), ("zero3", {"memory": "16MiB"})], ids=["zero1", "zero3, a budget"]
@@ -56,20 +64,22 @@ def test_hybrid_equals_one_process(pool: Pool) -> None:
     assert results[0] == one_process("bfloat16")
 
 
-def traffic(strategy: Strategy, carrier: str) -> dict[str, int]:
+def traffic(strategy: Strategy, carrier: str, one_round: str) -> dict[str, int]:
     os.environ["SHOAL_CARRIER"] = carrier
-    return program(strategy, LEAVES, "float32")(int(os.environ["RANK"]))
+    return program(strategy, LEAVES, "float32", one_round)(int(os.environ["RANK"]))
 
 
 @pytest.mark.parametrize(
     ("name", "ranks_per_copy"), [(n, r) for n in STRATEGIES for r in (None, 2) if not (n == "ddp" and r)]
 )
-@pytest.mark.parametrize("carrier", ["gloo", "shared"])
-def test_bytes_equal_the_dry_run(name: str, ranks_per_copy: int | None, carrier: str, pool: Pool) -> None:
+@pytest.mark.parametrize(("carrier", "one_round"), [("gloo", "0"), ("gloo", "1MiB"), ("shared", "1MiB")])
+def test_bytes_equal_the_dry_run(
+    name: str, ranks_per_copy: int | None, carrier: str, one_round: str, pool: Pool
+) -> None:
     world = 4 if ranks_per_copy else 3
     strategy = Strategy(shard=STRATEGIES[name], ranks_per_copy=ranks_per_copy)
-    measured = pool.run(traffic, strategy, carrier, world=world)
-    ours, shared = program(strategy, LEAVES, "float32"), carrier == "shared"
+    measured = pool.run(traffic, strategy, carrier, one_round, world=world)
+    ours, shared = program(strategy, LEAVES, "float32", one_round), carrier == "shared"
     assert measured == [dry_run(rank, world, ours, shared=shared) for rank in range(world)]
 
 

@@ -84,7 +84,7 @@ def test_a_rank_that_raises_is_named() -> None:
     done = mpirun(2, "raises")
     assert done.returncode != 0
     assert "ValueError: on purpose" in done.stderr
-    assert "shoal[E30] rank 1 failed; rank 0 was in 'meet world #3'" in done.stderr
+    assert re.search(r"shoal\[E30\] rank 1 failed; rank 0 was in 'meet world #\d+'", done.stderr)
 
 
 @pytest.mark.parametrize("how", ["label", "longer", "shorter", "dtype"])

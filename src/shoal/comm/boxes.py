@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ class Boxes:
     """The strips to receive into, from each rank; those of the carrier's choice are lent from a pool."""
 
     def __init__(self, receives: Sequence[Box], spare: Pool) -> None:
-        self.spare, self.lent = spare, list[Tensor]()
+        self.asked, self.spare, self.lent = receives, spare, list[Tensor]()
         self.filled: list[tuple[int, Strips]] = [(peer, self._strips(box)) for peer, box in receives]
 
     def _strips(self, box: Strips | Like) -> Strips:
@@ -25,6 +26,11 @@ class Boxes:
         flat = self.spare.take(sum(box.sizes), box.dtype, box.device)
         self.lent.append(flat)
         return torch.split(flat, list(box.sizes))
+
+    def are(self, receives: Sequence[Box]) -> bool:
+        """Do these name the same memory?"""
+        pairs = zip(self.asked, receives, strict=True)
+        return all(isinstance(a, Like) or all(map(is_, a, b)) for (_, a), (_, b) in pairs)
 
     def received(self) -> Sequence[Strips]:
         """What `Pending.wait` returns."""

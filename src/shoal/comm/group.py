@@ -157,6 +157,14 @@ class Carrier(Protocol):
         """Start a transfer. `label` must be equal on both sides, and differs from that of any other under way."""
         ...
 
+    def expect(self, label: str, receives: Sequence[Box]) -> None:
+        """Senders may hear now of what a later `post` with this label receives, if it ever comes.
+
+        Args:
+            receives: the same tensors that `post` will be given.
+        """
+        ...
+
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory from which others can be sent to without a copy, where there is such."""
         ...
@@ -278,11 +286,16 @@ class Group:
                 remedy="do this before job.close(), or inside `with shoal.init(...) as job:`",
             )
         self._count_crossing(verb, sends)
-        return self.carrier.post(
-            f"{verb} {self.name} {key}",
-            [(self.ranks[r], strips) for r, parcels in enumerate(sends) if r != self.rank for strips in parcels],
-            [(self.ranks[r], box) for r, boxes in enumerate(receives) if r != self.rank for box in boxes],
-        )
+        parcels = [(self.ranks[r], strips) for r, parcels in enumerate(sends) if r != self.rank for strips in parcels]
+        return self.carrier.post(f"{verb} {self.name} {key}", parcels, self._boxes(receives))
+
+    def expect(self, verb: str, receives: Sequence[Sequence[Strips]], key: str) -> None:
+        """Others may hear already that a later `swap` with just these boxes and this key receives from them."""
+        if self.size > 1 and not self.carrier.closed:
+            self.carrier.expect(f"{verb} {self.name} {key}", self._boxes(receives))
+
+    def _boxes(self, receives: Sequence[Sequence[Strips | Like]]) -> list[Box]:
+        return [(self.ranks[r], box) for r, boxes in enumerate(receives) if r != self.rank for box in boxes]
 
     def new_key(self) -> str:
         """What members know their next transfer by, where all begin them in one order."""
@@ -340,11 +353,23 @@ class Group:
         """Everybody gets everybody's bytes, in the order of the group. All must have the same length."""
         return self.begin_share(verb, data).bytes()
 
-    def begin_share(self, verb: str, data: bytes) -> Sharing:
-        """Like `share`, for who does something else meanwhile."""
+    def begin_share(self, verb: str, data: bytes, boxes: Sequence[Tensor] = (), key: str = "") -> Sharing:
+        """Like `share`, for who does something else meanwhile.
+
+        Args:
+            boxes: see `expect_share`.
+            key: see `swap`.
+        """
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        boxes = [torch.empty_like(mine) if r != self.rank else mine for r in range(self.size)]
-        return Sharing(self.swap(verb, [[[mine]]] * self.size, [[[box]] for box in boxes]), boxes)
+        boxes = boxes or [torch.empty_like(mine) for _ in range(self.size)]
+        boxes = [*boxes[: self.rank], mine, *boxes[self.rank + 1 :]]
+        return Sharing(self.swap(verb, [[[mine]]] * self.size, [[[box]] for box in boxes], key), boxes)
+
+    def expect_share(self, verb: str, nbytes: int, key: str) -> list[Tensor]:
+        """Where everybody's bytes will come when they are shared under this key: others may hear that they can."""
+        boxes = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(self.size)]
+        self.expect(verb, [[[box]] for box in boxes], key)
+        return boxes
 
     def share_any(self, verb: str, data: bytes) -> list[bytes]:
         """Like `share`, for bytes of any length."""

@@ -74,14 +74,17 @@ class Hosts:
 
 
 class Levels:
-    """What one rank knows of hosts.
+    """What one rank knows of the ways to the others.
 
     Args:
         hosts: of every rank of the job, as numbers.
+        one_round: bytes up to which one round takes less time than two; None: that is measured. See `crossover`.
     """
 
-    def __init__(self, hosts: Sequence[int]) -> None:
-        self.hosts = tuple(hosts)
+    def __init__(self, hosts: Sequence[int], one_round: int | None = None) -> None:
+        self.hosts, self.one_round = tuple(hosts), one_round
+        self.asked: int | None = None  # what the job's settings say of it
+        self.crossover: dict[tuple[int, ...], int] = {}  # what was measured, by the ranks of a group
         self.errands: list[Errand] = []
         self.crossed = Counter[str]()
         """Bytes that this rank has sent to other hosts, by verb, its sums by a backend left out."""
@@ -93,9 +96,9 @@ class Levels:
 
     @classmethod
     def of(cls, size: int, ranks_per_host: Sequence[int]) -> Levels:
-        """So many ranks on each host, in their order; empty: all on one."""
+        """So many ranks on each host, in their order; empty: all on one. No time passes between them."""
         assert sum(ranks_per_host) in (0, size), f"{ranks_per_host} are not {size} ranks"
-        return cls([host for host, count in enumerate(ranks_per_host or [size]) for _ in range(count)])
+        return cls([host for host, count in enumerate(ranks_per_host or [size]) for _ in range(count)], one_round=0)
 
     def together(self, ranks: Sequence[int]) -> bool:
         """Are they all on one host?"""

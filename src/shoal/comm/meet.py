@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+from torch import Tensor
+
 from shoal.comm.group import LAST_DOING, Group, Sharing, Strips
 from shoal.errors import DivergedError
 
@@ -100,12 +102,16 @@ class Meeting:
 
     def __init__(self, world: Group) -> None:
         self.world, self.room = world, 0
+        self.count = 0
+        self._ahead: list[Tensor] = []  # where the next one's answers will come
         self.latest: Met | None = None  # to which not all have come, as far as this rank knows
         self.granters: list[Callable[[int], None]] = []  # each takes part in gathering units of one model
 
     def make_room(self, nbytes: int) -> None:
         """Messages of up to `nbytes` travel with the wish, from the same call on for all ranks."""
-        self.room = max(self.room, nbytes)
+        if nbytes > self.room:
+            self.room, self._ahead = nbytes, []
+            self.count += 1  # under this number shorter ones are expected
 
     def meet(self, want: Want, number: int = 0, payload: bytes = b"", *, model: int = 0) -> list[bytes]:
         """Return the payloads of all ranks when all want the same; until then, grant gathers.
@@ -126,8 +132,11 @@ class Meeting:
         return self.latest
 
     def say(self, intent: Intent, payload: bytes) -> Sharing:
-        head = _HEAD.pack(intent.number, intent.want, intent.model)
-        return self.world.begin_share("meet", head + payload.ljust(self.room, b"\0"))
+        data = _HEAD.pack(intent.number, intent.want, intent.model) + payload.ljust(self.room, b"\0")
+        sharing = self.world.begin_share("meet", data, self._ahead, f"#{self.count}")
+        self.count += 1
+        self._ahead = self.world.expect_share("meet", len(data), f"#{self.count}")
+        return sharing
 
 
 class Met:

@@ -16,7 +16,6 @@ from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
@@ -58,6 +57,7 @@ class Gloo:
         self.beside: Callable[[], bool] = self.go_on  # do what others wait for; is there more of it to come?
         self.address, self.timeout = address, timeout
         self._sums: dict[str, Reductions] = {}
+        self._expected: dict[str, Works] = {}
         before = sockets()
         self.lanes = Lanes(address.interfaces or asked_interfaces(None), address.host, address.port)
         store, self.devices, self.group = bounded(lambda: meet(address, self.lanes, timeout), timeout + MARGIN, address)
@@ -77,16 +77,30 @@ class Gloo:
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         self.sent[label.split(" ")[0]] += sum(t.nbytes for _, strips in sends for t in strips)
         self.watch.at(label)
-        works = Works(self, label, receives)
-        assert self.group is not None
-        for start, parcels in ((self.group.recv, works.boxes.filled), (self.group.send, sends)):
-            for index, peer, tensor in numbered(parcels):
-                try:
-                    for tag, part in self.lanes.split(label, index, tensor):
-                        works.add(peer, start([part], peer, tag))
-                except RuntimeError as e:
-                    raise self.broken(label, peer, e) from None
+        works = self._expected.pop(label, None) or Works(self, label, receives)
+        assert works.boxes.are(receives), f"'{label}' was to come elsewhere"
+        try:
+            if not works.expected:
+                self._start(works, works.boxes.filled, receive=True)
+            self._start(works, sends, receive=False)
+        except RuntimeError as e:
+            raise self.broken(label, works.asked, e) from None
         return works
+
+    def expect(self, label: str, receives: Sequence[Box]) -> None:
+        """gloo sends when it has heard of a receive: for one that it hears of early, nobody waits."""
+        works = Works(self, label, receives)
+        if not self.failed:
+            with suppress(RuntimeError):  # whoever has gone is missed when something should come
+                self._start(works, works.boxes.filled, receive=True)
+                self._expected[label], works.expected = works, True
+
+    def _start(self, works: Works, parcels: Sequence[Parcel], *, receive: bool) -> None:
+        assert self.group is not None
+        start = self.group.recv if receive else self.group.send
+        for index, works.asked, tensor in numbered(parcels):
+            for tag, part in self.lanes.split(works.label, index, tensor):
+                works.works.append((works.asked, start([part], works.asked, tag)))
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
@@ -146,6 +160,7 @@ class Gloo:
         self.waiter.close()
         self.group, self.closed = None, True  # its connections end with it
         self._sums.clear()
+        self._expected.clear()
 
     def broken(self, label: str, peer: int, error: Exception) -> PeerError:
         """Why the transfer `label` with `peer` failed, by name; the other ranks are told."""
@@ -212,10 +227,8 @@ class Works:
         self.carrier, self.label = carrier, label
         self.boxes = Boxes(receives, carrier.spare)
         self.works: list[Transfer] = []
+        self.asked, self.expected = carrier.rank, False  # whom gloo was asked for last; are all receives under way?
         self.outcome: SimpleQueue[Lost | None] | None = None
-
-    def add(self, peer: int, work: dist.Work) -> None:
-        self.works.append((peer, work))
 
     def _waited_for(self) -> SimpleQueue[Lost | None]:
         if self.outcome is None:

@@ -9,9 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from shoal.comm.crossover import one_round_for
 from shoal.comm.group import Done, Group, Pending
 from shoal.comm.pool import Pool
 from shoal.engine.exchange import agree
+from shoal.engine.one_round import agree_at_once, boxes_for
 from shoal.engine.sums import Sum, even_bounds
 from shoal.leaves import Node, Weighed
 
@@ -94,6 +96,7 @@ class Averager:
     ) -> None:  # fmt: skip
         self.group, self.params, self.pool, self.wire = group, list(params), Pool(), wire
         self.buckets = cut_into_buckets(self.params, cap)
+        self.at_once = one_round_for(group, sum(p.nbytes for p in self.params))
 
     def touched(self) -> int:
         """Which parameters have a gradient on this rank: a bit for each."""
@@ -125,13 +128,19 @@ class Averager:
                 if present:
                     self.hand_out(places, value[0] if isinstance(value, (list, tuple)) else value, touched)
             return
-        flows = [mean_of(self.group, flat, active, divisor, self.pool) for flat in flats]  # all begin
+        flows = [Flow(self.steps(flat, active, divisor)) for flat in flats]  # all begin
         for places, flow in zip(wanted, flows, strict=True):
             result = flow.wait()
             if present:
                 self.hand_out(places, result, touched)
             self.pool.give(result)
         self.group.carrier.rest()
+
+    def steps(
+        self, flat: Tensor, active: Sequence[bool], divisor: float, key: str = ""
+    ) -> Generator[Pending, None, Tensor]:  # fmt: skip
+        """`mean_steps` of a bucket."""
+        return mean_steps(self.group, flat, active, divisor, self.pool, key, at_once=self.at_once)
 
     def flatten(self, places: Sequence[int], *, present: bool) -> Tensor:
         """Gradients of the parameters at these places side by side; zeros for what has none, or is not `present`."""
@@ -210,25 +219,36 @@ def mean_of(group: Group, flat: Tensor, active: Sequence[bool], divisor: float, 
 
 
 def mean_steps(
-    group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool, key: str = ""
+    group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool, key: str = "", *,
+    at_once: bool = False,
 ) -> Generator[Pending, None, Tensor]:  # fmt: skip
-    """The same, transfer by transfer. `key`: what all ranks know it by; "": by the order in which they begin."""
+    """The same, transfer by transfer.
+
+    Args:
+        key: what all ranks know it by; "": by the order in which they begin.
+        at_once: in one round, which sends more.
+    """
     size = group.size
     if size == 1:
         return flat if divisor == 1 else flat.div_(divisor)
     none: Weighed[bool] = Weighed(None)
     held = [[(Node(0, r), Weighed(True, 1.0) if counts else none)] for r, counts in enumerate(active)]
     mine: Weighed[Sum] = Weighed(Sum([flat]), 1.0) if active[group.rank] else Weighed(None)
-    like = flat[:0]
-    result = yield from agree(
-        group, even_bounds(0, flat.numel(), size), [(0, flat.numel())], [(Node(0, group.rank), mine)], held, divisor,
-        size, pool, like, key=key,
-    )  # fmt: skip
-    assert result.flat is not None
-    assert result.strips is not None
+    like, runs, ours = flat[:0], [(0, flat.numel())], [(Node(0, group.rank), mine)]
+    if at_once:
+        boxes = boxes_for(group, runs, held, like)
+        result = yield from agree_at_once(group, runs, ours, held, divisor, size, boxes, key)
+        assert result.strips is not None
+        whole = pool.take(flat.numel(), flat.dtype, flat.device).copy_(result.strips[0])
+    else:
+        bounds = even_bounds(0, flat.numel(), size)
+        result = yield from agree(group, bounds, runs, ours, held, divisor, size, pool, like, key=key)
+        assert result.strips is not None
+        assert result.flat is not None
+        whole = result.flat
     if sum(active) == 1 and divisor != 1:  # a leaf alone is not divided
-        result.flat.div_(divisor)
-    return result.flat
+        whole.div_(divisor)
+    return whole
 
 
 def spread(group: Group, flat: Tensor, owner: int) -> None:

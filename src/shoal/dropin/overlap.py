@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.comm.group import Pending
-from shoal.dropin.mean import Averager, mean_steps
+from shoal.dropin.mean import Averager
 from shoal.engine.journeys import Journeys
 
 
@@ -82,7 +82,7 @@ class Overlap:
     def _exchange(self, number: int, flat: Tensor) -> Generator[Pending, None, None]:
         key, size = f"bucket {number} backward {self.backwards}", self.group.size
         active = [True] * size
-        self.results[number] = yield from mean_steps(self.group, flat, active, size, self.averager.pool, key)
+        self.results[number] = yield from self.averager.steps(flat, active, size, key)
 
     def finish(self, touched: int, late: int) -> int:
         """Hand out what has travelled. Collective.

@@ -158,7 +158,7 @@ def _joined(device: torch.device | None) -> tuple[Carrier, Seat]:
         environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **environ}
         environ |= {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     where = settings.device if device is None or device.type == "cpu" else str(device)
-    return find_carrier(settings.timeout, settings.carrier, where, settings.interface, environ)
+    return find_carrier(settings.timeout, settings.carrier, where, settings.interface, environ, settings.one_round)
 
 
 def check_rank(environ: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from shoal.comm.crossover import one_round_for
 from shoal.comm.group import Common, Pending
 from shoal.comm.meet import Meeting
 from shoal.comm.mesh import Mesh
@@ -18,6 +19,7 @@ from shoal.engine.exchange import agree, swap
 from shoal.engine.fast import Axes, Fast
 from shoal.engine.journeys import Gate, Journeys
 from shoal.engine.leaf import Leaf
+from shoal.engine.one_round import OneRound
 from shoal.engine.scale import LossScale, Overflow
 from shoal.engine.strips import not_finite, strips_of
 from shoal.engine.sums import Flow, Mean, Sum, Sums, between, drain, even_bounds, keep, new_tree, own
@@ -60,6 +62,7 @@ class Gradients:
         self.names = [n for u in self.units for n in u.params]
         self.pool = Pool(kept=1)
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
+        self.at_once = OneRound(mesh.copies) if axes is None and self._small() else None
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         carrier = mesh.world.carrier
         limit = largest if layerwise else carrier.plenty
@@ -76,6 +79,11 @@ class Gradients:
         self.in_common = False  # may pieces have gradients that lie in memory of several ranks?
         for unit in self.units:
             self._guard_pieces(unit)
+
+    def _small(self) -> bool:
+        """Does one round of all to all take less time than two? Of a large model most rounds pass unseen."""
+        sizes = [(u.mine.stop - u.mine.start) * u.dtypes.reduce.itemsize for u in self.units]
+        return any(r.op is Op.AGREE for r in self.rules) and one_round_for(self.mesh.copies, sum(sizes))
 
     def begin(self, turns: Turns) -> None:
         """A step begins."""
@@ -263,6 +271,11 @@ class Gradients:
             self.results[unit.index] = keep(tree.take(), turns.divisor, runs, start, flat, self.pool)
             return
         theirs = [turns.copy_holds(c) for c in range(copies.size)]
+        if self.at_once is not None and not self.commons.get(unit.index):
+            self.results[unit.index] = yield from self.at_once.agree(
+                unit.index, runs, drain(tree), theirs, turns.divisor, turns.twigs, like
+            )
+            return
         bounds = even_bounds(start, stop, copies.size)
         gate = Gate() if self.journeys.gated else None
         self.results[unit.index] = yield from agree(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from shoal.comm.group import Group
 from shoal.comm.pool import least
 from shoal.engine.binding import Binding
+from shoal.engine.engine import Engine
 from shoal.engine.gradients import Gradients
 from shoal.engine.ledger import (
     LENT,
@@ -21,6 +22,7 @@ from shoal.engine.ledger import (
     Memory,
     Plan,
     UnitBill,
+    at_once_entries,
     carrier_entries,
     gradient_entries,
     other,
@@ -28,6 +30,7 @@ from shoal.engine.ledger import (
     states_of,
 )
 from shoal.engine.residence import AHEAD
+from shoal.engine.sums import between
 from shoal.engine.unit import Unit
 from shoal.engine.units import beside
 from shoal.leaves import Assignment, pending
@@ -86,6 +89,7 @@ def _entries(binding: Binding) -> Iterator[Entry]:
     now["optimizer"] = sum(_bytes(_state_of(optimizer)) for optimizer in binding.optimizers)
     yield from state_entries(plan, now, sum(_states_predicted(o, binding) for o in binding.optimizers))
     yield from gradient_entries(plan, now)
+    yield from at_once_entries(plan, now["others"])
     copies = [*buffers.start, *(b for _, made in buffers.leaves.values() for b in made)]
     yield other("copies of buffers", _bytes(copies) + buffers.pool.nbytes, lifetime="between steps", setting="leaves")
     averages = [piece for average in binding.averages for piece in average.pieces.values()]
@@ -114,7 +118,21 @@ def plan_of(binding: Binding) -> Plan:
         kept=(residence.most if residence else whole) if engine.budgeted else 0,
         layerwise=engine.moments.begun_most if engine.gradients.layerwise else None,
         received=max(group.hosts.received(group.rank) for group in (mesh.shard, mesh.copies)),
+        at_once=_at_once(engine),
     )  # fmt: skip
+
+
+def _at_once(engine: Engine) -> int:
+    """Bytes of other ranks' partial sums that come in one round."""
+    copies, gradients = engine.mesh.copies, engine.gradients
+    if gradients.at_once is None or any(gradients.commons.values()):
+        return 0
+    one = sum(
+        (b - a) * u.dtypes.reduce.itemsize
+        for u in gradients.units
+        for a, b in between(u.runs, u.mine.start, u.mine.stop)
+    )
+    return one * sum(engine.turns.sums_of(c) for c in range(copies.size) if c != copies.rank)
 
 
 def bill_of(binding: Binding) -> list[UnitBill]:
@@ -177,6 +195,7 @@ def _gradients_now(gradients: Gradients) -> dict[str, int]:
         "leaf": _bytes([*gradients.held.values(), *(g for g in shown if g is not None)]),
         "sums": _bytes(sums),
         "pool": gradients.pool.nbytes,
+        "others": _bytes(gradients.at_once.tensors if gradients.at_once else ()),
         "common": _bytes(common) // gradients.mesh.copies.size,
     }
 

@@ -127,6 +127,7 @@ class Plan:
         layerwise: bytes of gradients of units whose backward is under way, where others are updated and gone; None:
             all wait for the step.
         received: whole gradients that come to this rank at most where one partial sum of each rank travels.
+        at_once: bytes of others' partial sums that come in one round; 0: all travel in two.
     """
 
     shard: Shard
@@ -139,6 +140,7 @@ class Plan:
     in_flight: int
     ranks: int
     received: float = 1.0
+    at_once: int = 0
     ahead: int = 0
     in_use: int | None = None
     kept: int = 0
@@ -256,6 +258,14 @@ def gradient_entries(p: Plan, now: Mapping[str, int]) -> Iterator[Entry]:
     yield Entry(
         name="common gradient", kind="gradients", now=now["common"], rest=common, peak=common, lifetime="always",
         setting="carrier", shared=True,
+    )  # fmt: skip
+
+
+def at_once_entries(p: Plan, now: int) -> Iterator[Entry]:
+    """Where others' gradients come in one round: this step's, and the next one's."""
+    yield Entry(
+        name="gradients of others", kind="staging", now=now, rest=p.at_once, peak=2 * p.at_once,
+        lifetime="between steps", setting="one_round",
     )  # fmt: skip
 
 

@@ -279,7 +279,7 @@ def plan_line(binding: Binding, world: int) -> str:
         f"parameters {kinds(lambda u: u.dtypes.compute)}, "
         f"masters and optimizer state {kinds(lambda u: u.dtypes.master)}, "
         f"gradients {kinds(lambda u: u.dtypes.reduce)}; cut {s.cut.value}, "
-        f"numerics {_numerics(binding)}{_levels(binding)}"
+        f"numerics {_numerics(binding)}{_levels(binding)}{_rounds(binding)}"
     )
 
 
@@ -295,6 +295,10 @@ def _levels(binding: Binding) -> str:
     mesh = binding.engine.mesh
     two = mesh.shard.hosts.two_levels or mesh.copies.hosts.two_levels
     return f"; exchange in two levels, {mesh.world.hosts}" if two else ""
+
+
+def _rounds(binding: Binding) -> str:
+    return "; gradients in one round, as they are small" if binding.engine.gradients.at_once else ""
 
 
 def _numerics(binding: Binding) -> str:

@@ -1,0 +1,128 @@
+"""When one round takes less time than two, and receives that others hear of before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from shoal.comm import crossover
+from shoal.comm.crossover import SIZES, one_round_for
+from shoal.comm.group import Carrier, Group
+from shoal.comm.threads import run
+from shoal.errors import PeerError
+from shoal.start import find_carrier
+from tests.comm.carriers import TIMEOUT
+from tests.pool import Pool
+
+Times = dict[int, list[float]]
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, *ranks: list[float], again: int = 0) -> tuple[list[list[bool]], int]:
+    """Whether each of `SIZES` fits, by rank, and how many times were taken.
+
+    Args:
+        ranks: what one round and two take on each of them, for one size after the other.
+    """
+    left: dict[str, Iterator[float]] = {}
+    taken: list[float] = []
+
+    def took(do: Callable[[], None]) -> float:
+        rank = str(torch.initial_seed())
+        do()
+        taken.append(next(left[rank]))
+        return taken[-1]
+
+    monkeypatch.setattr(crossover, "_took", took)
+
+    def main(rank: int) -> list[bool]:
+        torch.manual_seed(rank)  # each rank has its own
+        times = ranks[rank]
+        pairs = zip(times[::2], times[1::2], strict=True)
+        slow_first = [t for one, two in pairs for t in (one + 9, two + 9, one, two, one + 1, two + 1)]
+        left[str(rank)] = iter(slow_first)
+        carrier = find_carrier(1.0)[0]
+        carrier.levels.one_round = None
+        found = [one_round_for(Group("some", range(len(ranks)), carrier), n) for n in SIZES]
+        for _ in range(again):
+            found = [one_round_for(Group("others", range(len(ranks)), carrier), n) for n in SIZES]
+        return found
+
+    return run(len(ranks), main), len(taken)
+
+
+def test_up_to_the_first_size_that_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of several tries counts, and the slowest rank decides for all."""
+    got, _ = measured(monkeypatch, [1.0, 2.0, 1.0, 2.0, 2.0, 1.9], [1.0, 2.0, 1.5, 1.9, 1.0, 2.0])
+    assert got == [[True, True, False]] * 2
+    got, taken = measured(monkeypatch, [1.0, 2.0], [2.0, 1.0])
+    assert got == [[False] * 3] * 2
+    assert taken == 12
+
+
+def test_the_same_ranks_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    got, taken = measured(monkeypatch, [1.0, 2.0] * 3, [1.0, 2.0] * 3, again=2)
+    assert got == [[True] * 3] * 2
+    assert taken == 2 * 3 * 6
+
+
+def test_settings_decide_and_large_models_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossover, "_measured", lambda _group: pytest.fail("measures"))
+
+    def main(_rank: int) -> list[bool]:
+        carrier = find_carrier(1.0, one_round=100)[0]
+        group, alone = Group("some", range(2), carrier), Group("one", [carrier.rank], carrier)
+        found = [one_round_for(group, 100), one_round_for(group, 101), one_round_for(group, 0), one_round_for(alone, 1)]
+        find_carrier(1.0)
+        carrier.levels.one_round = None
+        return [*found, one_round_for(group, SIZES[-1] + 1)]
+
+    assert run(2, main) == [[True, False, False, False, False]] * 2
+
+
+def test_where_no_time_passes_nothing_is_measured() -> None:
+    assert run(2, lambda _rank: one_round_for(Group("all", range(2), find_carrier(1.0)[0]), 4)) == [False] * 2
+
+
+# ---------------------------------------------------------------- receives that are announced
+
+
+def announced(kind: str) -> list[float]:
+    """A share that was expected a round ahead, one that comes without, one that never comes; one with who has left."""
+    carrier: Carrier = find_carrier(TIMEOUT, kind)[0]
+    group, got = Group("all", range(2), carrier), list[float]()
+    boxes = group.expect_share("some", 1, "ahead 0")
+    for number in range(3):
+        sharing = group.begin_share("some", bytes([10 * number + group.rank]), boxes, f"ahead {number}")
+        boxes = group.expect_share("some", 1, f"ahead {number + 1}")
+        got += [b[0] for b in sharing.bytes()]
+    got += [b[0] for b in group.share("some", bytes([100 + group.rank]))]
+    if group.rank == 0:
+        carrier.close()
+    else:
+        group.swap("some", [[]] * 2, [[]] * 2).wait()
+        with pytest.raises(PeerError):
+            group.share("some", b"x")
+        group.expect_share("some", 1, "ahead 9")  # is no error: whoever waits will hear
+        carrier.close()
+    group.expect_share("some", 1, "ahead 9")
+    return got
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shared"])
+def test_announced_or_not_it_comes(kind: str, pool: Pool) -> None:
+    assert pool.run(announced, kind) == [[0, 1, 10, 11, 20, 21, 100, 101]] * 2
+
+
+def elsewhere() -> None:
+    carrier = find_carrier(TIMEOUT, "gloo")[0]
+    group = Group("all", range(2), carrier)
+    group.expect_share("some", 1, "ahead 0")
+    with pytest.raises(AssertionError, match="'some all ahead 0' was to come elsewhere"):
+        group.begin_share("some", b"x", key="ahead 0")
+    carrier.close()
+
+
+def test_what_is_announced_comes_nowhere_else(pool: Pool) -> None:
+    pool.run(elsewhere)
