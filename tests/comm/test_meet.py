@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
-from shoal.comm.group import LAST_DOING, Done, Group, Sharing, Strips
+from shoal.comm.group import LAST_DOING, Ahead, Done, Group, Sharing, Strips
 from shoal.comm.meet import Intent, Meeting, Want
 from shoal.comm.meter import Meter
 from shoal.comm.threads import run
@@ -25,7 +24,7 @@ class Script(Group):
         super().__init__("world", range(1 + len(rounds[0])), Meter(0, 1 + len(rounds[0])))
         self.rounds = list(rounds)
 
-    def begin_share(self, verb: str, data: bytes, boxes: Sequence[Tensor] = (), key: str = "") -> Sharing:
+    def begin_share(self, verb: str, data: bytes, ahead: Ahead | None = None, key: str = "") -> Sharing:
         assert verb == "meet"
         tail = data[16:]
         told = [struct.pack("<qii", number, want, 0) + tail.upper() for want, number in self.rounds.pop(0)]

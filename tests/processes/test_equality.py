@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 import shoal
 from shoal.comm.meter import dry_run
+from shoal.comm.pairwise import Gloo
 from shoal.comm.sockets import sockets
 from shoal.strategy import Strategy
 from tests.equivalence.models import Outcome, on_threads, trainer
@@ -45,6 +47,45 @@ def test_one_round(world: int, leaves: int, batch: int, pool: Pool) -> None:
     how = {"leaves": leaves, "global_batch": batch, "carrier": "gloo", "one_round": "1MiB"}
     results = pool.run(train, "ddp", how, world=world)
     assert results == [on_threads(1, "ddp", leaves=leaves, global_batch=batch), *[None] * (world - 1)]
+
+
+def posts(carrier: str) -> tuple[list[tuple[str, bool]], int]:
+    """Of the last steps, what was sent, and whether others had heard that it would be received; what is left of that."""
+    seen: list[tuple[str, bool]] = []
+    post, lives = Gloo.post, list[Gloo]()
+
+    def looked(self: Gloo, label: str, sends: Any, receives: Any) -> Any:
+        seen.append((" ".join(label.split()[:2]), label in self._expected))
+        lives[:] = [self]
+        return post(self, label, sends, receives)
+
+    Gloo.post = looked
+    try:
+        with shoal.init("ddp", leaves=4, one_round="1MiB", carrier=carrier, run_dir="none") as job:
+            model, optimizer = job.prepare(net := torch.nn.Linear(4, 4), torch.optim.SGD(net.parameters(), lr=0.1))
+            for step in range(6):
+                if step == 3:
+                    seen.clear()
+                    with job.change(model):
+                        pass
+                for _ in range(4 // job.world_size):
+                    model(torch.ones(2, 4)).sum().backward()
+                    optimizer.step()
+                optimizer.zero_grad()
+            gc.collect()  # an engine that was replaced lies in a circle
+            return seen, len(lives[0]._expected)
+    finally:
+        Gloo.post = post
+
+
+def test_what_comes_every_step_is_announced(pool: Pool) -> None:
+    """Nothing is expected for ever: not what an earlier model had announced, nor what comes in shared memory."""
+    for seen, left in pool.run(posts, "gloo"):
+        first = seen.index(("agree copies", False))
+        assert [known for what, known in seen[first + 1 :] if what in ("agree copies", "meet world")].count(False) == 0
+        assert [what for what, _ in seen].count("agree copies") == 3
+        assert left == 2
+    assert [left for _, left in pool.run(posts, "shared")] == [0, 0]
 
 
 @pytest.mark.parametrize("carrier", ["gloo", "shared"])

@@ -84,8 +84,8 @@ class Clocked:
     def post(self, label: str, sends: Sequence[Parcel], receives: Sequence[Box]) -> Pending:
         return _Timed(self.inner.post(label, sends, receives), label, self.clock)
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        self.inner.expect(label, receives)
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        return self.inner.expect(label, receives)
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.inner.empty(numel, dtype, device)

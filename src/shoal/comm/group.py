@@ -157,11 +157,14 @@ class Carrier(Protocol):
         """Start a transfer. `label` must be equal on both sides, and differs from that of any other under way."""
         ...
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        """Senders may hear now of what a later `post` with this label receives, if it ever comes.
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        """Senders may hear now of what a later `post` with this label receives.
 
         Args:
             receives: the same tensors that `post` will be given.
+
+        Returns:
+            What is to be kept until then: without it, nothing is expected any more.
         """
         ...
 
@@ -235,6 +238,13 @@ def new_strips(like: Like) -> Strips:
     return torch.split(flat, list(like.sizes))
 
 
+class Ahead(NamedTuple):
+    """Where everybody's bytes will come, and what keeps them expected."""
+
+    boxes: Sequence[Tensor]
+    held: object
+
+
 class Sharing(NamedTuple):
     """Everybody's bytes on their way to everybody."""
 
@@ -289,10 +299,15 @@ class Group:
         parcels = [(self.ranks[r], strips) for r, parcels in enumerate(sends) if r != self.rank for strips in parcels]
         return self.carrier.post(f"{verb} {self.name} {key}", parcels, self._boxes(receives))
 
-    def expect(self, verb: str, receives: Sequence[Sequence[Strips]], key: str) -> None:
-        """Others may hear already that a later `swap` with just these boxes and this key receives from them."""
-        if self.size > 1 and not self.carrier.closed:
-            self.carrier.expect(f"{verb} {self.name} {key}", self._boxes(receives))
+    def expect(self, verb: str, receives: Sequence[Sequence[Strips]], key: str) -> object:
+        """Others may hear already that a later `swap` with just these boxes and this key receives from them.
+
+        Returns:
+            What is to be kept until then.
+        """
+        if self.size == 1 or self.carrier.closed:
+            return None
+        return self.carrier.expect(f"{verb} {self.name} {key}", self._boxes(receives))
 
     def _boxes(self, receives: Sequence[Sequence[Strips | Like]]) -> list[Box]:
         return [(self.ranks[r], box) for r, boxes in enumerate(receives) if r != self.rank for box in boxes]
@@ -353,23 +368,22 @@ class Group:
         """Everybody gets everybody's bytes, in the order of the group. All must have the same length."""
         return self.begin_share(verb, data).bytes()
 
-    def begin_share(self, verb: str, data: bytes, boxes: Sequence[Tensor] = (), key: str = "") -> Sharing:
+    def begin_share(self, verb: str, data: bytes, ahead: Ahead | None = None, key: str = "") -> Sharing:
         """Like `share`, for who does something else meanwhile.
 
         Args:
-            boxes: see `expect_share`.
+            ahead: what `expect_share` said of this key.
             key: see `swap`.
         """
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        boxes = boxes or [torch.empty_like(mine) for _ in range(self.size)]
+        boxes = ahead.boxes if ahead is not None else [torch.empty_like(mine) for _ in range(self.size)]
         boxes = [*boxes[: self.rank], mine, *boxes[self.rank + 1 :]]
         return Sharing(self.swap(verb, [[[mine]]] * self.size, [[[box]] for box in boxes], key), boxes)
 
-    def expect_share(self, verb: str, nbytes: int, key: str) -> list[Tensor]:
-        """Where everybody's bytes will come when they are shared under this key: others may hear that they can."""
+    def expect_share(self, verb: str, nbytes: int, key: str) -> Ahead:
+        """Others may hear that so many bytes of theirs can come when they are shared under this key."""
         boxes = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(self.size)]
-        self.expect(verb, [[[box]] for box in boxes], key)
-        return boxes
+        return Ahead(boxes, self.expect(verb, [[[box]] for box in boxes], key))
 
     def share_any(self, verb: str, data: bytes) -> list[bytes]:
         """Like `share`, for bytes of any length."""

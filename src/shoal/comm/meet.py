@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from torch import Tensor
-
-from shoal.comm.group import LAST_DOING, Group, Sharing, Strips
+from shoal.comm.group import LAST_DOING, Ahead, Group, Sharing, Strips
 from shoal.errors import DivergedError
 
 _GLANCE = 0.0002
@@ -103,15 +101,14 @@ class Meeting:
     def __init__(self, world: Group) -> None:
         self.world, self.room = world, 0
         self.count = 0
-        self._ahead: list[Tensor] = []  # where the next one's answers will come
+        self._ahead: Ahead | None = None  # of the next one
         self.latest: Met | None = None  # to which not all have come, as far as this rank knows
         self.granters: list[Callable[[int], None]] = []  # each takes part in gathering units of one model
 
     def make_room(self, nbytes: int) -> None:
         """Messages of up to `nbytes` travel with the wish, from the same call on for all ranks."""
         if nbytes > self.room:
-            self.room, self._ahead = nbytes, []
-            self.count += 1  # under this number shorter ones are expected
+            self.room, self._ahead = nbytes, None  # shorter ones were expected
 
     def meet(self, want: Want, number: int = 0, payload: bytes = b"", *, model: int = 0) -> list[bytes]:
         """Return the payloads of all ranks when all want the same; until then, grant gathers.

@@ -59,8 +59,8 @@ class Meter:
                     box.copy_(mine)  # so that everybody seems to agree with us
         return Done([strips for _, strips in boxes])
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        return
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        return None
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)

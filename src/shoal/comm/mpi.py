@@ -77,8 +77,8 @@ class Mpi:
                     raise self.broken(label, peer, e) from None
         return Requests(self, label, under_way, boxes)
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        return
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        return None
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)

@@ -153,8 +153,8 @@ class Nccl:
         except RuntimeError:
             raise self.broken(label) from None
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        return
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        return None
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)

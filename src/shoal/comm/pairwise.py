@@ -57,7 +57,7 @@ class Gloo:
         self.beside: Callable[[], bool] = self.go_on  # do what others wait for; is there more of it to come?
         self.address, self.timeout = address, timeout
         self._sums: dict[str, Reductions] = {}
-        self._expected: dict[str, Works] = {}
+        self._expected = weakref.WeakValueDictionary[str, Works]()
         before = sockets()
         self.lanes = Lanes(address.interfaces or asked_interfaces(None), address.host, address.port)
         store, self.devices, self.group = bounded(lambda: meet(address, self.lanes, timeout), timeout + MARGIN, address)
@@ -87,13 +87,14 @@ class Gloo:
             raise self.broken(label, works.asked, e) from None
         return works
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
         """gloo sends when it has heard of a receive: for one that it hears of early, nobody waits."""
         works = Works(self, label, receives)
-        if not self.failed:
+        if receives and not self.failed:
             with suppress(RuntimeError):  # whoever has gone is missed when something should come
                 self._start(works, works.boxes.filled, receive=True)
                 self._expected[label], works.expected = works, True
+        return works
 
     def _start(self, works: Works, parcels: Sequence[Parcel], *, receive: bool) -> None:
         assert self.group is not None
@@ -160,7 +161,6 @@ class Gloo:
         self.waiter.close()
         self.group, self.closed = None, True  # its connections end with it
         self._sums.clear()
-        self._expected.clear()
 
     def broken(self, label: str, peer: int, error: Exception) -> PeerError:
         """Why the transfer `label` with `peer` failed, by name; the other ranks are told."""

@@ -109,8 +109,8 @@ class Shared:
         """A rank for which something still waits for room."""
         return next((rank for rank, (ring, _) in self.near.items() if ring.backlog), None)
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        self.far.expect(label, [(peer, box) for peer, box in receives if peer not in self.near])
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        return self.far.expect(label, [(peer, box) for peer, box in receives if peer not in self.near])
 
     # ---------------------------------------------------------------- memory
 

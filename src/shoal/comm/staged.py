@@ -75,8 +75,8 @@ class Staged:
             for device in {strip.device for strip in strips}:
                 torch.accelerator.current_stream(device).synchronize()
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        return
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        return None
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)

@@ -115,8 +115,8 @@ class Threads:
         self.board.mail.setdefault((self.rank, *to), deque()).append(strips)
         self.board.came[to[0]] += 1
 
-    def expect(self, label: str, receives: Sequence[Box]) -> None:
-        return
+    def expect(self, label: str, receives: Sequence[Box]) -> object:
+        return None
 
     def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)

@@ -237,7 +237,7 @@ def mean_steps(
     like, runs, ours = flat[:0], [(0, flat.numel())], [(Node(0, group.rank), mine)]
     if at_once:
         boxes = boxes_for(group, runs, held, like)
-        result = yield from agree_at_once(group, runs, ours, held, divisor, size, boxes, key)
+        result = yield from agree_at_once(group, runs, ours, held, divisor, size, like, boxes, key)
         assert result.strips is not None
         whole = pool.take(flat.numel(), flat.dtype, flat.device).copy_(result.strips[0])
     else:

@@ -17,7 +17,7 @@ Boxes = list[list[Strips]]
 
 def agree_at_once(
     group: Group, runs: Runs, mine: Sequence[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known], weights: float,
-    leaves: int, boxes: Boxes, key: str = "",
+    leaves: int, like: Tensor, boxes: Boxes, key: str = "",
 ) -> Generator[Pending, None, Mean]:  # fmt: skip
     """What `exchange.agree` does, with the same bits: one round instead of two, and more bytes among three and more.
 
@@ -25,21 +25,24 @@ def agree_at_once(
         mine, theirs: see `exchange.swap`.
         boxes: see `boxes_for`.
     """
-    tree, sent = new_tree(leaves), [w.value.strips for _, w in mine if w.value]
+    tree, sent = new_tree(leaves), [w.value.strips if w.value else _nothing(runs, like) for _, w in mine]
     pending = group.swap("agree", [sent] * group.size, boxes, key)
     yield pending
     pending.wait()
     for r, has in enumerate(theirs):
-        values = iter(sent if r == group.rank else boxes[r])
-        for node, weighed in has:
-            tree.put(node, Weighed(Sum(next(values)) if weighed.value else None, weighed.weight))
+        for (node, weighed), strips in zip(has, sent if r == group.rank else boxes[r], strict=True):
+            tree.put(node, Weighed(Sum(strips) if weighed.value else None, weighed.weight))
     return Mean(runs, mean(tree.take(), weights))
 
 
 def boxes_for(group: Group, runs: Runs, theirs: Sequence[Known], like: Tensor) -> Boxes:
-    """Memory for what comes from the others."""
+    """Memory for what comes from the others: something for every sum, even if no leaf of it has weight."""
     box = Like(tuple(b - a for a, b in runs), like.dtype, like.device)
-    return [[] if r == group.rank else [new_strips(box) for _, w in has if w.value] for r, has in enumerate(theirs)]
+    return [[] if r == group.rank else [new_strips(box) for _ in has] for r, has in enumerate(theirs)]
+
+
+def _nothing(runs: Runs, like: Tensor) -> Strips:
+    return [like.new_zeros(b - a) for a, b in runs]
 
 
 class OneRound:
@@ -52,27 +55,28 @@ class OneRound:
     def __init__(self, copies: Group) -> None:
         self.copies, self.name = copies, copies.new_key()
         self.count = Counter[int]()  # rounds so far, by unit
-        self.ahead: dict[str, Boxes] = {}
+        self.ahead: dict[int, tuple[Boxes, object]] = {}  # by unit: of its next round
 
     @property
     def tensors(self) -> list[Tensor]:
         """What waits for the next step's gradients."""
-        return [t for boxes in self.ahead.values() for sums in boxes for strips in sums for t in strips]
+        return [t for boxes, _ in self.ahead.values() for sums in boxes for strips in sums for t in strips]
 
     def agree(
         self, unit: int, runs: Runs, mine: Sequence[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known],
         weights: float, leaves: int, like: Tensor,
     ) -> Generator[Pending, None, Mean]:  # fmt: skip
         """See `agree_at_once`."""
-        about = "".join("-+"[bool(w.value)] for has in theirs for _, w in has)  # leaves without weight do not travel
-        key = f"{self.name} unit {unit}"
-        this, following = (f"{key} round {self.count[unit] + n} {about}" for n in range(2))
-        self.count[unit] += 1
-        boxes = self.ahead.pop(this, None) or boxes_for(self.copies, runs, theirs, like)
-        self.ahead = {k: b for k, b in self.ahead.items() if not k.startswith(f"{key} ")}
-        flow = agree_at_once(self.copies, runs, mine, theirs, weights, leaves, boxes, this)
+        boxes, held = self.ahead.pop(unit, (None, None))
+        boxes = boxes or boxes_for(self.copies, runs, theirs, like)
+        flow = agree_at_once(self.copies, runs, mine, theirs, weights, leaves, like, boxes, self._key(unit))
         first = next(flow)
-        self.ahead[following] = boxes_for(self.copies, runs, theirs, like)
-        self.copies.expect("agree", self.ahead[following], following)
+        del held  # it has been posted
+        self.count[unit] += 1
+        following = boxes_for(self.copies, runs, theirs, like)
+        self.ahead[unit] = following, self.copies.expect("agree", following, self._key(unit))
         yield first
         return (yield from flow)
+
+    def _key(self, unit: int) -> str:
+        return f"{self.name} unit {unit} round {self.count[unit]}"
