@@ -239,6 +239,25 @@ def points(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, x.argmax(1)
 
 
+# ---------------------------------------------------------------- small messages
+
+
+class Perceptron(nn.Module):
+    """What is sent takes no time: only how often ranks wait for each other does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(784, 64), nn.Linear(64, 10)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](relu(self.blocks[0](x)))
+
+
+def digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(32, 784, generator=generator)
+    return x, x[:, :10].argmax(1)
+
+
 SMALL = Sizes(width=256, layers=6, heads=4, vocabulary=2048)
 TRIAL = Sizes(width=32, layers=2, heads=2, vocabulary=64, context=16, batch=2)
 MODELS = (
@@ -252,5 +271,7 @@ MODELS = (
           build=Recommender, draw=clicks, loss=cross_entropy),
     Model(name="layers", about="1,000 linear layers of 16 x 16 in ten blocks, 32 points",
           build=Thread, draw=points, loss=cross_entropy),
+    Model(name="perceptron", about="784 x 64 x 10, 32 digits: a fifth of a megabyte of gradients",
+          build=Perceptron, draw=digits, loss=cross_entropy),
     gpt("trial", "GPT so small that its numbers mean nothing", TRIAL),
 )  # fmt: skip

@@ -232,7 +232,16 @@ def test_every_stage_names_what_there_is(bench: dict[str, ModuleType]) -> None:
 
 
 def test_every_model_takes_its_batch_and_learns(bench: dict[str, ModuleType]) -> None:
-    sizes = {"gpt-33m": 33.7, "gpt-6m": 5.8, "vgg": 14, "resnet": 2.8, "embedding": 25.6, "layers": 0.27, "trial": 0.03}
+    sizes = {
+        "gpt-33m": 33.7,
+        "gpt-6m": 5.8,
+        "vgg": 14,
+        "resnet": 2.8,
+        "embedding": 25.6,
+        "layers": 0.27,
+        "perceptron": 0.05,
+        "trial": 0.03,
+    }
     for model in bench["models"].MODELS:
         assert model.parameters() / 1e6 == pytest.approx(sizes[model.name], rel=0.05)
         if model.parameters() < 10e6:

@@ -188,5 +188,5 @@ def leaves_at_once(carrier: str) -> None:
 def test_its_reason_is_heard_before_the_store_goes(carrier: str, pool: Pool) -> None:
     _, result = pool.start(leaves_at_once, carrier).results(TIMEOUT + SLACK)
     assert isinstance(result.exception, PeerLost), result.error
-    assert result.exception.what == "rank 0 failed; rank 1 was in 'meet world #3'"
+    assert result.exception.what == "rank 0 failed; rank 1 was in 'meet world #1'"
     assert result.exception.cause == "Boom: on purpose"
