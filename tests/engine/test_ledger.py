@@ -95,7 +95,7 @@ def seen(
 @pytest.mark.parametrize("leaves", [4, 8])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("common", [False, True], ids=["apart", "common"])
-@pytest.mark.parametrize(("name", "one_round"), [*((name, 0) for name in NAMED), ("ddp", 2**20), ("hybrid", 2**20)])
+@pytest.mark.parametrize(("name", "one_round"), [*((name, 0) for name in NAMED), ("ddp", 2**20)])
 def test_predicted_is_measured(name: str, one_round: int, common: bool, precision: str, leaves: int) -> None:
     per_copy = 2 if name == "hybrid" else None
     strategy = Strategy(shard=NAMED[name].shard, ranks_per_copy=per_copy, precision=precision)

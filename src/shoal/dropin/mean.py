@@ -13,8 +13,7 @@ from shoal.comm.crossover import one_round_for
 from shoal.comm.group import Done, Group, Pending
 from shoal.comm.pool import Pool
 from shoal.engine.exchange import agree
-from shoal.engine.one_round import agree_at_once, boxes_for
-from shoal.engine.sums import Sum, even_bounds
+from shoal.engine.sums import Sum, even_bounds, mean, new_tree
 from shoal.leaves import Node, Weighed
 
 T = TypeVar("T", bound=Tensor)
@@ -231,24 +230,37 @@ def mean_steps(
     size = group.size
     if size == 1:
         return flat if divisor == 1 else flat.div_(divisor)
-    none: Weighed[bool] = Weighed(None)
-    held = [[(Node(0, r), Weighed(True, 1.0) if counts else none)] for r, counts in enumerate(active)]
-    mine: Weighed[Sum] = Weighed(Sum([flat]), 1.0) if active[group.rank] else Weighed(None)
-    like, runs, ours = flat[:0], [(0, flat.numel())], [(Node(0, group.rank), mine)]
     if at_once:
-        boxes = boxes_for(group, runs, held, like)
-        result = yield from agree_at_once(group, runs, ours, held, divisor, size, like, boxes, key)
-        assert result.strips is not None
-        whole = pool.take(flat.numel(), flat.dtype, flat.device).copy_(result.strips[0])
+        whole = yield from _all_to_all(group, flat, active, divisor, pool, key)
     else:
-        bounds = even_bounds(0, flat.numel(), size)
-        result = yield from agree(group, bounds, runs, ours, held, divisor, size, pool, like, key=key)
+        none: Weighed[bool] = Weighed(None)
+        held = [[(Node(0, r), Weighed(True, 1.0) if counts else none)] for r, counts in enumerate(active)]
+        mine: Weighed[Sum] = Weighed(Sum([flat]), 1.0) if active[group.rank] else Weighed(None)
+        result = yield from agree(
+            group, even_bounds(0, flat.numel(), size), [(0, flat.numel())], [(Node(0, group.rank), mine)], held,
+            divisor, size, pool, flat[:0], key=key,
+        )  # fmt: skip
         assert result.strips is not None
         assert result.flat is not None
         whole = result.flat
     if sum(active) == 1 and divisor != 1:  # a leaf alone is not divided
         whole.div_(divisor)
     return whole
+
+
+def _all_to_all(
+    group: Group, flat: Tensor, active: Sequence[bool], divisor: float, pool: Pool, key: str
+) -> Generator[Pending, None, Tensor]:  # fmt: skip
+    boxes = [flat if r == group.rank else torch.empty_like(flat) for r in range(group.size)]
+    pending = group.swap("agree", [[[flat]]] * group.size, [[[box]] for box in boxes], key)
+    yield pending
+    pending.wait()
+    tree = new_tree(group.size)
+    for r, counts in enumerate(active):
+        tree.put_leaf(r, Weighed(Sum([boxes[r]]), 1.0) if counts else Weighed(None))
+    found = mean(tree.take(), divisor)
+    assert found is not None
+    return pool.take(flat.numel(), flat.dtype, flat.device).copy_(found[0])
 
 
 def spread(group: Group, flat: Tensor, owner: int) -> None:

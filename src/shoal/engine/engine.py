@@ -89,7 +89,7 @@ class Engine:
         self.every_leaf = every_leaf(self.moments.rules[Moment.AFTER_BACKWARD])
         away = any(not u.resident for u in self.units)
         self.gathers = away and any(r.op is Op.GATHER for r in self.moments.rules[Moment.BEFORE_FORWARD])
-        self.meeting.make_room(max(8 * leaves, size_of(self.gradients.names)))
+        self.meeting.make_room(8 * leaves + size_of(self.gradients.names))
         self._new_step(leaves)
 
     def _new_step(self, present: int) -> None:
@@ -317,11 +317,11 @@ class Engine:
         while self.turn < self.turns.count:  # serve ranks that have more leaves
             self._open(None, 0.0)
             self.end_leaf()
-        self.gradients.weights.hear()
+        weights, names = self.gradients.weights, self.gradients.names
+        weights.hear()
         self.updates.catch_up(wait=True)
-        vote = Vote(self.touched, self.buffers.changed, self.gradients.overflow)
-        votes = self._meet(Want.STEP, self.steps, vote.packed(self.gradients.names))
-        result = counted(votes, self.gradients.names)
+        vote = Vote(self.touched, self.buffers.changed, self.gradients.overflow).packed(names)
+        result = counted(weights.from_votes(self._meet(Want.STEP, self.steps, weights.with_vote(vote))), names)
         self.overflow = result.overflow
         touched = result.touched if self.overflow is None else frozenset[str]()
         self.decided = Decided(step=self.steps, touched=touched, apart=self.grads_written())

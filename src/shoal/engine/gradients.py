@@ -62,12 +62,12 @@ class Gradients:
         self.names = [n for u in self.units for n in u.params]
         self.pool = Pool(kept=1)
         self.fast = None if axes is None else Fast(mesh, axes, self.pool)
-        self.at_once = OneRound(mesh.copies) if axes is None and self._small() else None
         largest = max((u.numel * u.dtypes.reduce.itemsize for u in self.units), default=0)
         carrier = mesh.world.carrier
         limit = largest if layerwise else carrier.plenty
         self.journeys = Journeys(carrier.levels, ordered=carrier.ordered, limit=limit)
-        self.weights = Weights(mesh, meeting, number, self.journeys)
+        self.at_once = OneRound(mesh.copies, self.units) if axes is None and self._in_one_round() else None
+        self.weights = Weights(mesh, meeting, number, self.journeys, voted=self.at_once is not None)
         guard = partial(AwayGrad, layerwise=layerwise)
         self.guards = {n: guard(p, n, self._accumulate) for u in self.units for n, p in u.params.items()}
         self.piece_guards = {u.index: [(p, guard(p, n)) for n, p in u.pieces.items()] for u in self.units}
@@ -80,10 +80,16 @@ class Gradients:
         for unit in self.units:
             self._guard_pieces(unit)
 
-    def _small(self) -> bool:
+    def _in_one_round(self) -> bool:
         """Does one round of all to all take less time than two? Of a large model most rounds pass unseen."""
-        sizes = [(u.mine.stop - u.mine.start) * u.dtypes.reduce.itemsize for u in self.units]
-        return any(r.op is Op.AGREE for r in self.rules) and one_round_for(self.mesh.copies, sum(sizes))
+        copies, nbytes = self.mesh.copies, sum(u.numel * u.dtypes.reduce.itemsize for u in self.units)
+        whole = self.mesh.shard.size == 1 and any(r.op is Op.AGREE for r in self.rules)
+        if self.layerwise or not whole or not 0 < nbytes <= self.journeys.limit:
+            return False
+        common = copies.common(1, torch.uint8, self.units[0].device)
+        if common is not None:  # no round at all
+            common.release()
+        return common is None and one_round_for(copies, nbytes)
 
     def begin(self, turns: Turns) -> None:
         """A step begins."""
@@ -270,12 +276,14 @@ class Gradients:
             flat = self.pool.take(stop - start, like.dtype, like.device)
             self.results[unit.index] = keep(tree.take(), turns.divisor, runs, start, flat, self.pool)
             return
-        theirs = [turns.copy_holds(c) for c in range(copies.size)]
-        if self.at_once is not None and not self.commons.get(unit.index):
-            self.results[unit.index] = yield from self.at_once.agree(
-                unit.index, runs, drain(tree), theirs, turns.divisor, turns.twigs, like
-            )
+        if self.at_once is not None:
+            now, votes = self.at_once.join(unit.index, drain(tree), turns.sums), self.weights.votes
+            yield now
+            yield votes
+            theirs = [turns.copy_holds(c) for c in range(copies.size)]
+            self.results[unit.index] = self.at_once.result(unit.index, now, theirs, turns.divisor, turns.twigs)
             return
+        theirs = [turns.copy_holds(c) for c in range(copies.size)]
         bounds = even_bounds(start, stop, copies.size)
         gate = Gate() if self.journeys.gated else None
         self.results[unit.index] = yield from agree(

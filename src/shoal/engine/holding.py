@@ -30,7 +30,6 @@ from shoal.engine.ledger import (
     states_of,
 )
 from shoal.engine.residence import AHEAD
-from shoal.engine.sums import between
 from shoal.engine.unit import Unit
 from shoal.engine.units import beside
 from shoal.leaves import Assignment, pending
@@ -124,15 +123,8 @@ def plan_of(binding: Binding) -> Plan:
 
 def _at_once(engine: Engine) -> int:
     """Bytes of other ranks' partial sums that come in one round."""
-    copies, gradients = engine.mesh.copies, engine.gradients
-    if gradients.at_once is None or any(gradients.commons.values()):
-        return 0
-    one = sum(
-        (b - a) * u.dtypes.reduce.itemsize
-        for u in gradients.units
-        for a, b in between(u.runs, u.mine.start, u.mine.stop)
-    )
-    return one * sum(engine.turns.sums_of(c) for c in range(copies.size) if c != copies.rank)
+    at_once, sums = engine.gradients.at_once, engine.turns.sums
+    return 0 if at_once is None else at_once.nbytes * (sum(sums) - sums[engine.mesh.cell])
 
 
 def bill_of(binding: Binding) -> list[UnitBill]:

@@ -1,48 +1,40 @@
-"""Gradients of small models: everybody sends all of its partial sums to everybody, and adds up all of them."""
+"""Gradients of a small model: everybody sends all of its partial sums to everybody, and adds up all of them.
+
+Note: what that saves. Sums go in one message for all units, to be added up when the votes have told what leaves weigh:
+a step takes one transfer beside the votes, and no time but that of the slower of both.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from shoal.comm.group import Group, Like, Pending, Strips, new_strips
-from shoal.engine.sums import Known, Mean, Runs, Sum, mean, new_tree
+from shoal.comm.group import Done, Group, Pending, Strips
+from shoal.engine.sums import Known, Mean, Sum, mean, new_tree
+from shoal.engine.unit import Unit
 from shoal.leaves import Node, Weighed
 
-Boxes = list[list[Strips]]
-"""By rank, the strips of each of its partial sums."""
+_ALIGN = 64
 
 
-def agree_at_once(
-    group: Group, runs: Runs, mine: Sequence[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known], weights: float,
-    leaves: int, like: Tensor, boxes: Boxes, key: str = "",
-) -> Generator[Pending, None, Mean]:  # fmt: skip
-    """What `exchange.agree` does, with the same bits: one round instead of two, and more bytes among three and more.
+class Round(Done):
+    """One step's transfer, which begins when the sums of the last unit are there."""
 
-    Args:
-        mine, theirs: see `exchange.swap`.
-        boxes: see `boxes_for`.
-    """
-    tree, sent = new_tree(leaves), [w.value.strips if w.value else _nothing(runs, like) for _, w in mine]
-    pending = group.swap("agree", [sent] * group.size, boxes, key)
-    yield pending
-    pending.wait()
-    for r, has in enumerate(theirs):
-        for (node, weighed), strips in zip(has, sent if r == group.rank else boxes[r], strict=True):
-            tree.put(node, Weighed(Sum(strips) if weighed.value else None, weighed.weight))
-    return Mean(runs, mean(tree.take(), weights))
+    def __init__(self, frames: list[Tensor]) -> None:
+        super().__init__()
+        self.frames = frames  # one for each of this rank's sums
+        self.boxes: Sequence[Sequence[Strips]] = ()
+        self.joined = 0
+        self.pending: Pending | None = None
 
+    def ready(self) -> bool:
+        return self.pending is not None and self.pending.ready()
 
-def boxes_for(group: Group, runs: Runs, theirs: Sequence[Known], like: Tensor) -> Boxes:
-    """Memory for what comes from the others: something for every sum, even if no leaf of it has weight."""
-    box = Like(tuple(b - a for a, b in runs), like.dtype, like.device)
-    return [[] if r == group.rank else [new_strips(box) for _ in has] for r, has in enumerate(theirs)]
-
-
-def _nothing(runs: Runs, like: Tensor) -> Strips:
-    return [like.new_zeros(b - a) for a, b in runs]
+    def wait(self) -> Sequence[Strips]:
+        assert self.pending is not None, "waited for before all units have joined"
+        return self.pending.wait()
 
 
 class OneRound:
@@ -50,33 +42,78 @@ class OneRound:
 
     Args:
         copies: the ranks that agree.
+        units: all that are trained.
     """
 
-    def __init__(self, copies: Group) -> None:
-        self.copies, self.name = copies, copies.new_key()
-        self.count = Counter[int]()  # rounds so far, by unit
-        self.ahead: dict[int, tuple[Boxes, object]] = {}  # by unit: of its next round
+    def __init__(self, copies: Group, units: Sequence[Unit]) -> None:
+        self.copies, self.name, self.device = copies, copies.new_key(), units[0].device
+        self.count, self.nbytes = 0, 0
+        self.places: dict[int, list[tuple[int, int]]] = {}  # of a unit's runs in a frame, in bytes
+        for unit in units:
+            self.places[unit.index] = [self._place((b - a) * unit.dtypes.reduce.itemsize) for a, b in unit.runs]
+        self.dtypes = {unit.index: unit.dtypes.reduce for unit in units}
+        self.runs = {unit.index: unit.runs for unit in units}
+        self.now: Round | None = None
+        self.ahead: tuple[list[list[Strips]], object] | None = None
+
+    def _place(self, nbytes: int) -> tuple[int, int]:
+        start, self.nbytes = self.nbytes, self.nbytes + -(-nbytes // _ALIGN) * _ALIGN
+        return start, start + nbytes
 
     @property
     def tensors(self) -> list[Tensor]:
         """What waits for the next step's gradients."""
-        return [t for boxes, _ in self.ahead.values() for sums in boxes for strips in sums for t in strips]
+        return [t for sums in (self.ahead[0] if self.ahead else ()) for strips in sums for t in strips]
 
-    def agree(
-        self, unit: int, runs: Runs, mine: Sequence[tuple[Node, Weighed[Sum]]], theirs: Sequence[Known],
-        weights: float, leaves: int, like: Tensor,
-    ) -> Generator[Pending, None, Mean]:  # fmt: skip
-        """See `agree_at_once`."""
-        boxes, held = self.ahead.pop(unit, (None, None))
-        boxes = boxes or boxes_for(self.copies, runs, theirs, like)
-        flow = agree_at_once(self.copies, runs, mine, theirs, weights, leaves, like, boxes, self._key(unit))
-        first = next(flow)
-        del held  # it has been posted
-        self.count[unit] += 1
-        following = boxes_for(self.copies, runs, theirs, like)
-        self.ahead[unit] = following, self.copies.expect("agree", following, self._key(unit))
-        yield first
-        return (yield from flow)
+    def join(self, unit: int, mine: Sequence[tuple[Node, Weighed[Sum]]], held: Sequence[int]) -> Round:
+        """A unit's sums of this step go into its message.
 
-    def _key(self, unit: int) -> str:
-        return f"{self.name} unit {unit} round {self.count[unit]}"
+        Args:
+            held: how many sums each rank has, whatever its leaves weigh.
+        """
+        now = self.now = self.now or Round([self._frame() for _ in mine])
+        for frame, (_, weighed) in zip(now.frames, mine, strict=True):
+            if weighed.value is not None:
+                for place, strip in zip(self._views(frame, unit), weighed.value.strips, strict=True):
+                    place.copy_(strip)
+        now.joined += 1
+        if now.joined == len(self.places):
+            self._send(now, held)
+        return now
+
+    def _send(self, now: Round, held: Sequence[int]) -> None:
+        now.boxes, expected = self.ahead or (self._boxes(held), None)
+        sent = [[frame] for frame in now.frames]
+        now.pending = self.copies.swap("agree", [sent] * self.copies.size, now.boxes, self._key())
+        del expected  # it is under way
+        self.now, self.count = None, self.count + 1
+        following = self._boxes(held)
+        self.ahead = following, self.copies.expect("agree", following, self._key())
+
+    def result(self, unit: int, now: Round, theirs: Sequence[Known], weights: float, leaves: int) -> Mean:
+        """The step's gradient, when the transfer is over.
+
+        Args:
+            theirs, weights, leaves: see `exchange.agree`.
+        """
+        tree = new_tree(leaves)
+        for rank, has in enumerate(theirs):
+            frames = now.frames if rank == self.copies.rank else [frame for (frame,) in now.boxes[rank]]
+            for (node, weighed), frame in zip(has, frames, strict=True):
+                value = Sum(list(self._views(frame, unit))) if weighed.value else None
+                tree.put(node, Weighed(value, weighed.weight))
+        return Mean(self.runs[unit], mean(tree.take(), weights))
+
+    def _views(self, frame: Tensor, unit: int) -> Iterator[Tensor]:
+        for start, stop in self.places[unit]:
+            yield frame[start:stop].view(self.dtypes[unit])
+
+    def _boxes(self, held: Sequence[int]) -> list[list[Strips]]:
+        me = self.copies.rank
+        return [[] if r == me else [[self._frame()] for _ in range(sums)] for r, sums in enumerate(held)]
+
+    def _frame(self) -> Tensor:
+        return torch.zeros(self.nbytes, dtype=torch.uint8, device=self.device)
+
+    def _key(self) -> str:
+        return f"{self.name} round {self.count}"

@@ -102,11 +102,11 @@ class Turns:
         ranks = range(copy * self.ranks_per_copy, (copy + 1) * self.ranks_per_copy)
         return self._known([leaf for r in ranks for leaf in self.assignment[r]])
 
-    def sums_of(self, copy: int) -> int:
-        """How many partial sums that is at most, whatever the leaves weigh."""
-        ranks = range(copy * self.ranks_per_copy, (copy + 1) * self.ranks_per_copy)
-        twigs = {leaf // self.twig for r in ranks for leaf in self.assignment[r]}
-        return len(known(self.twigs, [(Node(0, twig), Weighed(True)) for twig in sorted(twigs)]))
+    @property
+    def sums(self) -> list[int]:
+        """How many partial sums each rank has in the end, whatever its leaves weigh."""
+        twigs = [sorted({leaf // self.twig for leaf in mine}) for mine in self.assignment]
+        return [len(known(self.twigs, [(Node(0, twig), Weighed(True)) for twig in mine])) for mine in twigs]
 
     def rank_holds(self, rank: int) -> Known:
         """The partial sums of one rank's own leaves in a tree without twigs."""
