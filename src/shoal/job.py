@@ -88,8 +88,8 @@ def init(
             mpirun), or "auto", the fastest there is.
         interface: names of network interfaces, "eth0" or "eth0,eth1": large messages are spread over all of them;
             default GLOO_SOCKET_IFNAME, else the one that leads to MASTER_ADDR.
-        one_round: models with so many bytes of gradients at most, such as "32KiB", exchange them in one round instead
-            of two, which send less. Default: measured when a small model is prepared.
+        one_round: under ddp, gradients of up to so many bytes in all, such as "32KiB", travel in one round instead of
+            two, which send less. Default: measured when a small model is prepared.
         run_dir: for events, logs and resolved settings; "none" for none; default `runs/<time>-<pid>`.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoal.comm import crossover
-from shoal.comm.crossover import SIZES, one_round_for
+from shoal.comm.crossover import MOST, one_round_for
 from shoal.comm.group import Carrier, Group
 from shoal.comm.threads import run
 from shoal.errors import PeerError
@@ -17,20 +17,20 @@ from shoal.start import find_carrier
 from tests.comm.carriers import TIMEOUT
 from tests.pool import Pool
 
-Times = dict[int, list[float]]
 
-
-def measured(monkeypatch: pytest.MonkeyPatch, *ranks: list[float], again: int = 0) -> tuple[list[list[bool]], int]:
-    """Whether each of `SIZES` fits, by rank, and how many times were taken.
+def measured(
+    monkeypatch: pytest.MonkeyPatch, *ranks: tuple[float, float], ask: int = 1
+) -> tuple[list[list[bool]], int]:
+    """What each rank hears as often as it asks, and how many times were taken.
 
     Args:
-        ranks: what one round and two take on each of them, for one size after the other.
+        ranks: what one round and two take on each of them.
     """
-    left: dict[str, Iterator[float]] = {}
+    left: dict[int, Iterator[float]] = {}
     taken: list[float] = []
 
     def took(do: Callable[[], None]) -> float:
-        rank = str(torch.initial_seed())
+        rank = torch.initial_seed()
         do()
         taken.append(next(left[rank]))
         return taken[-1]
@@ -39,37 +39,42 @@ def measured(monkeypatch: pytest.MonkeyPatch, *ranks: list[float], again: int = 
 
     def main(rank: int) -> list[bool]:
         torch.manual_seed(rank)  # each rank has its own
-        times = ranks[rank]
-        pairs = zip(times[::2], times[1::2], strict=True)
-        disturbed = [t for one, two in pairs for t in (one + 9, two, one, two, one + 1, two + 1)]
-        left[str(rank)] = iter(disturbed)
+        one, two = ranks[rank]
+        left[rank] = iter((one + 9, two, one, two, one + 1, two + 1))  # the first is disturbed
         carrier = find_carrier(1.0)[0]
         carrier.levels.one_round = None
-        found = [one_round_for(Group("some", range(len(ranks)), carrier), n) for n in SIZES]
-        for _ in range(again):
-            found = [one_round_for(Group("others", range(len(ranks)), carrier), n) for n in SIZES]
-        return found
+        return [one_round_for(Group(f"some{n}", range(len(ranks)), carrier), 100) for n in range(ask)]
 
     return run(len(ranks), main), len(taken)
 
 
-def test_up_to_the_first_size_that_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best of several tries counts, and the slowest rank decides for all."""
-    got, _ = measured(monkeypatch, [1.0, 2.0, 1.0, 2.0, 2.0, 1.9], [1.0, 2.0, 1.5, 1.9, 1.0, 2.0])
-    assert got == [[True, True, False]] * 2
-    got, taken = measured(monkeypatch, [1.0, 2.0], [2.0, 1.0])
-    assert got == [[False] * 3] * 2
-    assert taken == 12
+@pytest.mark.parametrize(
+    ("ranks", "faster"),
+    [(((1.0, 2.0), (1.5, 1.6)), True), (((1.0, 2.0), (2.0, 1.0)), False), (((1.0, 1.0),) * 2, False)],
+)
+def test_the_slowest_rank_decides_for_all(
+    ranks: tuple[tuple[float, float], ...], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of several tries counts."""
+    assert measured(monkeypatch, *ranks) == ([[faster]] * 2, 12)
 
 
-def test_the_same_ranks_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    got, taken = measured(monkeypatch, [1.0, 2.0] * 3, [1.0, 2.0] * 3, again=2)
-    assert got == [[True] * 3] * 2
-    assert taken == 2 * 3 * 6
+def test_the_same_ranks_measure_a_size_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(monkeypatch, (1.0, 2.0), (1.0, 2.0), ask=3) == ([[True] * 3] * 2, 12)
+
+
+def test_what_is_measured_is_what_would_be_sent() -> None:
+    def main(_rank: int) -> tuple[int, int]:
+        carrier = find_carrier(1.0)[0]
+        carrier.levels.one_round = None
+        one_round_for(Group("all", range(3), carrier), 100)
+        return carrier.sent["crossover"], len(carrier.levels.crossover)
+
+    assert run(3, main) == [(2 * (3 * (100 + 8 + 34 + 34) + 16), 1)] * 3
 
 
 def test_settings_decide_and_large_models_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossover, "_measured", lambda _group: pytest.fail("measures"))
+    monkeypatch.setattr(crossover, "_is_faster", lambda _group, _nbytes: pytest.fail("measures"))
 
     def main(_rank: int) -> list[bool]:
         carrier = find_carrier(1.0, one_round=100)[0]
@@ -77,7 +82,7 @@ def test_settings_decide_and_large_models_measure_nothing(monkeypatch: pytest.Mo
         found = [one_round_for(group, 100), one_round_for(group, 101), one_round_for(group, 0), one_round_for(alone, 1)]
         find_carrier(1.0)
         carrier.levels.one_round = None
-        return [*found, one_round_for(group, SIZES[-1] + 1)]
+        return [*found, one_round_for(group, MOST + 1)]
 
     assert run(2, main) == [[True, False, False, False, False]] * 2
 

@@ -1,4 +1,4 @@
-"""How large a message may be for one round to take less time than two: measured, once for the ranks of a group.
+"""Does one round of messages take less time than two? Measured between the ranks of a group, once for each size.
 
 Everybody's sum of what all have takes two rounds that send little (to the owner of a part, and back), or one in which
 everybody sends all to all (Thakur, Rabenseifner and Gropp 2005 choose in this way between algorithms of MPI).
@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from shoal.comm.group import Group
 
-SIZES = (2**12, 2**15, 2**18)
-"""Bytes for which both are tried, up to the first for which one round does not take less."""
-MOST = SIZES[-1]
+MOST = 2**18
+"""Bytes up to which it is tried at all: of more, rounds pass while other bytes travel."""
+_WEIGHTS = bytes(8)
 _TRIES = 3
 
 
@@ -22,33 +22,28 @@ def one_round_for(group: Group, nbytes: int) -> bool:
     """Do so many bytes take less time in one round than in two, if they lie in the host's memory? Collective."""
     levels = group.carrier.levels
     most = levels.one_round if levels.asked is None else levels.asked
-    if most is None and group.size > 1 and nbytes <= MOST:
-        if group.ranks not in levels.crossover:
-            levels.crossover[group.ranks] = _measured(group)
-        most = levels.crossover[group.ranks]
+    if most is None and group.size > 1 and 0 < nbytes <= MOST:
+        if (group.ranks, nbytes) not in levels.crossover:
+            levels.crossover[group.ranks, nbytes] = _is_faster(group, nbytes)
+        return levels.crossover[group.ranks, nbytes]
     return group.size > 1 and 0 < nbytes <= (most or 0)
 
 
-def _measured(group: Group) -> int:
-    best = 0
-    for nbytes in SIZES:
-        part = bytes(nbytes // group.size)
-        whole = bytes(nbytes)
+def _is_faster(group: Group, nbytes: int) -> bool:
+    """Before two rounds ranks tell each other what their leaves weigh; one has no need to wait for that."""
+    whole, part = bytes(nbytes), bytes(-(-nbytes // group.size))
 
-        def two(part: bytes = part) -> None:
-            group.share("crossover", part)
-            group.share("crossover", part)
+    def one() -> None:
+        group.share("crossover", whole)
 
-        def one(whole: bytes = whole) -> None:
-            group.share("crossover", whole)
+    def two() -> None:
+        for what in (_WEIGHTS, part, part):
+            group.share("crossover", what)
 
-        times = [min(each) for each in zip(*((_took(one), _took(two)) for _ in range(_TRIES)), strict=True)]
-        told = [struct.unpack("<2d", b) for b in group.share("crossover", struct.pack("<2d", *times))]
-        slowest_one, slowest_two = (max(each) for each in zip(*told, strict=True))
-        if slowest_one >= slowest_two:
-            break
-        best = nbytes
-    return best
+    times = [min(each) for each in zip(*((_took(one), _took(two)) for _ in range(_TRIES)), strict=True)]
+    told = [struct.unpack("<2d", b) for b in group.share("crossover", struct.pack("<2d", *times))]
+    slowest_one, slowest_two = (max(each) for each in zip(*told, strict=True))
+    return slowest_one < slowest_two
 
 
 def _took(do: Callable[[], None]) -> float:

@@ -84,7 +84,7 @@ class Levels:
     def __init__(self, hosts: Sequence[int], one_round: int | None = None) -> None:
         self.hosts, self.one_round = tuple(hosts), one_round
         self.asked: int | None = None  # what the job's settings say of it
-        self.crossover: dict[tuple[int, ...], int] = {}  # what was measured, by the ranks of a group
+        self.crossover: dict[tuple[tuple[int, ...], int], bool] = {}  # what was measured, by a group's ranks and bytes
         self.errands: list[Errand] = []
         self.crossed = Counter[str]()
         """Bytes that this rank has sent to other hosts, by verb, its sums by a backend left out."""
