@@ -210,3 +210,21 @@ def test_there_is_no_way_back(tmp_path: Path) -> None:
         run(2, lambda r: misused(r, lambda job, _m, _o: job.save(tmp_path)))
     with pytest.raises(OrderError, match=r"zero_grad\(\) came after this leaf's gradients had been handed on"):
         run(2, lambda r: misused(r, lambda _j, _m, optimizer: optimizer.zero_grad()))
+
+
+def test_a_small_model_of_one_unit_waits_for_no_votes() -> None:
+    """In one round it would: its gradient would be there with the votes, after backward."""
+
+    def main(rank: int, *, layerwise: bool) -> list[float]:
+        with shoal.init("ddp", leaves=2, layerwise=layerwise, one_round="1MiB", run_dir="none") as job:
+            net = nn.Linear(4, 4)
+            net, optimizer = job.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+            for step in range(4):
+                net(torch.full((2, 4), 1.0 + step + rank)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return [float(x) for values in job.state_dict(net).values() for x in values.flatten()]  # on rank 0
+
+    want, got = (run(2, lambda rank, how=how: main(rank, layerwise=how)) for how in (False, True))
+    assert got == want
+    assert len(got[0]) == 20
