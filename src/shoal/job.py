@@ -196,6 +196,7 @@ class Job(Changing, Saving, Looping, Verbs):
             "shoal": __version__, "torch": ".".join(torch.__version__.split(".")[:2]), "strategy": self.strategy.name,
             "seed": self.seed, "overlap": self.resolved.settings.overlap, "name": name,
             "pending": self.resolved.settings.pending, "layerwise": self.resolved.settings.layerwise,
+            "one_round": self.resolved.settings.one_round,
             "memory": "none" if self._budget.limit is None else "a budget",
             "float32": list(float32), "compile": str(compile),
         }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
@@ -395,6 +396,18 @@ def test_unequal_batches_without_join() -> None:
 def test_different_models() -> None:
     with pytest.raises(DivergedError, match=r"ranks prepare different things: weight is \(2, 3\)"):
         on_threads(2, lambda rank: shoal.DistributedDataParallel(nn.Linear(3 + rank, 2)))
+
+
+def of_their_own() -> None:
+    net = nn.Linear(3 + int(os.environ["RANK"]), 2)
+    with pytest.raises(DivergedError, match=r"ranks prepare different things: weight is \(2, 3\)"):
+        shoal.DistributedDataParallel(net)
+    world().leave()
+
+
+def test_different_models_in_processes(pool: Pool) -> None:
+    """Nothing whose size the ranks must agree on travels before they have compared."""
+    pool.run(of_their_own, timeout=20.0)
 
 
 def test_early_termination() -> None:

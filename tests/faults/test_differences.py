@@ -58,6 +58,11 @@ STARTS: dict[str, tuple[Start, Start, str]] = {
     ),
     "seed": (Start(settings={"seed": 3}), Start(), "setting seed is 3 on rank 0 and 0 on rank 1"),
     "overlap": (Start(), Start(settings={"overlap": False}), "setting overlap is True on rank 0 and False on rank 1"),
+    "rounds": (
+        Start(settings={"one_round": 0}),
+        Start(),
+        "setting one_round is 0 on rank 0 and None on rank 1",
+    ),
     "shape": (
         Start(),
         Start(make=lambda: nn.Sequential(nn.Linear(65, 64))),

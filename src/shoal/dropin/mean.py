@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise, zip_longest
 from typing import TypeVar
 
@@ -95,7 +96,11 @@ class Averager:
     ) -> None:  # fmt: skip
         self.group, self.params, self.pool, self.wire = group, list(params), Pool(), wire
         self.buckets = cut_into_buckets(self.params, cap)
-        self.at_once = one_round_for(group, sum(p.nbytes for p in self.params))
+
+    @cached_property
+    def at_once(self) -> bool:
+        """In one round instead of two? Collective when first asked: when ranks know that they average the same."""
+        return one_round_for(self.group, sum(p.nbytes for p in self.params))
 
     def touched(self) -> int:
         """Which parameters have a gradient on this rank: a bit for each."""
